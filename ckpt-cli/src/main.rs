@@ -1,0 +1,2 @@
+//! The `ckpt` binary.
+fn main() {}

@@ -1,0 +1,102 @@
+//! The device seam: memory, streams, events, copies and export of one accelerator (or of host memory).
+
+mod buffer;
+mod stream;
+
+use std::{fmt, ops::Range, path::PathBuf, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+
+pub use buffer::{Buffer, BufferSlice, MemoryKind};
+pub use stream::{Event, EventState, HostJob, HostStream, RawStream, Stream};
+
+use crate::{error::Result, transport::Probe};
+
+/// How another process finds a ring: what the worker link writes into its first message.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RingExport {
+    /// A shared-memory file, mapped by the worker.
+    Host {
+        /// The file.
+        path: PathBuf,
+        /// Bytes from the file's start to the ring's.
+        offset_bytes: u64,
+    },
+    /// `cudaIpcMemHandle_t` of a `cuMemAlloc` block.
+    Cuda {
+        /// The 64 bytes of the handle.
+        handle: Vec<u8>,
+        /// Bytes from the block's base to the ring's start.
+        offset_bytes: u64,
+    },
+    /// An ACL IPC export key.
+    Ascend {
+        /// The 65 bytes of the key.
+        key: Vec<u8>,
+        /// Bytes from the block's base to the ring's start.
+        offset_bytes: u64,
+    },
+}
+
+/// A device buffer that another process can map. It lives as long as this value: the driver keeps it past an
+/// abort until the worker has let go (quarantine).
+pub trait Ring: Send + Sync + fmt::Debug {
+    /// The memory.
+    fn buffer(&self) -> Arc<dyn Buffer>;
+    /// What to tell the worker.
+    fn export(&self) -> RingExport;
+    /// These bytes were acked and hold nothing of value. The adversarial host device poisons them, others do nothing.
+    fn freed(&self, range: Range<u64>);
+}
+
+/// What a device is, for logs, endpoints and topology.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    /// The key under which workers look their endpoint up: `GPU-...`, `NPU-<ip>-<index>`, `HOST-<hostname>-<rank>`.
+    pub uuid: String,
+    /// Human-readable model name.
+    pub name: String,
+    /// PCI address `0000:3b:00.0`, where there is one.
+    pub pci_address: Option<String>,
+    /// NUMA node of the device, where known.
+    pub numa_node: Option<u32>,
+}
+
+/// One opened device of one kind.
+pub trait DeviceBackend: Send + Sync + fmt::Debug {
+    /// `host`, `cuda`, `ascend`.
+    fn kind(&self) -> &'static str;
+    /// What it is.
+    fn info(&self) -> &DeviceInfo;
+    /// Free device memory, bytes.
+    fn free_memory_bytes(&self) -> Result<u64>;
+    /// A new FIFO stream; `label` is for traces.
+    fn stream(&self, label: &'static str) -> Result<Arc<dyn Stream>>;
+    /// An exported buffer of at least `len_bytes`.
+    fn allocate_ring(&self, len_bytes: u64) -> Result<Arc<dyn Ring>>;
+    /// Makes host memory fast to copy from. The result keeps `memory` alive and unpins when dropped.
+    fn pin(&self, memory: Arc<dyn Buffer>) -> Result<Arc<dyn Buffer>>;
+    /// Between a finished one-sided READ into device memory and work that reads those bytes.
+    fn flush_remote_writes(&self) -> Result<()>;
+}
+
+/// What a device provider needs to open one.
+#[derive(Clone, Debug)]
+pub struct DeviceConfig {
+    /// The rank of this process.
+    pub rank: u32,
+    /// Which of the visible devices.
+    pub local_rank: u32,
+    /// Where shared-memory files and sockets go; exists with mode 0700.
+    pub runtime_dir: PathBuf,
+}
+
+/// A kind of device that can be looked for and opened; registered in [`crate::transport::Registry`].
+pub trait DeviceProvider: Send + Sync {
+    /// `host`, `cuda`, `ascend`.
+    fn kind(&self) -> &'static str;
+    /// Looks without changing anything.
+    fn probe(&self) -> Probe;
+    /// Opens the device of `config`.
+    fn open(&self, config: &DeviceConfig) -> Result<Arc<dyn DeviceBackend>>;
+}

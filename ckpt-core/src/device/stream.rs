@@ -1,0 +1,91 @@
+//! Streams and events: "enqueued" and "done" are different things.
+
+use std::{fmt, sync::Arc, time::Instant};
+
+use async_trait::async_trait;
+use futures_util::future::BoxFuture;
+
+use super::BufferSlice;
+use crate::error::Result;
+
+/// A stream's handle for the crate that shares its library (nccl with cuda, hccl with ascend).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RawStream {
+    /// A queue of host jobs: use [`Stream::host`].
+    Host,
+    /// `CUstream`.
+    Cuda(usize),
+    /// `aclrtStream`.
+    Ascend(usize),
+}
+
+/// FIFO work of one device. Nothing here waits for bytes to move.
+pub trait Stream: Send + Sync + fmt::Debug {
+    /// The native handle.
+    fn raw(&self) -> RawStream;
+    /// The host queue, if this is one: how `tcp` and `local` enqueue.
+    fn host(&self) -> Option<&dyn HostStream>;
+    /// Copies `src` to `dst` (equal lengths) when the work before it is done. Both stay alive until then.
+    fn copy(&self, src: BufferSlice, dst: BufferSlice) -> Result<()>;
+    /// An event that completes when all work enqueued so far is done; it keeps that work's memory alive.
+    fn record(&self) -> Result<Event>;
+    /// Work enqueued after this starts only when `event` has completed.
+    fn wait(&self, event: &Event) -> Result<()>;
+}
+
+/// A stream whose work is host futures, run one at a time in order.
+pub trait HostStream: Send + Sync {
+    /// Appends a job. A job that fails fails the stream: later events report its error.
+    fn submit(&self, job: HostJob) -> Result<()>;
+}
+
+/// One unit of host work. The future owns every [`BufferSlice`] that it touches.
+pub struct HostJob {
+    /// For traces: `h2d`, `broadcast`.
+    pub label: &'static str,
+    /// The work. It must end by itself (by its own deadline or by abort).
+    pub run: BoxFuture<'static, Result<()>>,
+}
+
+impl fmt::Debug for HostJob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HostJob").field("label", &self.label).finish_non_exhaustive()
+    }
+}
+
+/// The state behind an [`Event`].
+#[async_trait]
+pub trait EventState: Send + Sync + fmt::Debug {
+    /// Whether it has completed; the error of the work if that failed.
+    fn is_complete(&self) -> Result<bool>;
+    /// Waits until it has completed, at most until `deadline`. Cancel safe.
+    async fn done(&self, deadline: Instant) -> Result<()>;
+    /// The state as [`std::any::Any`], so that a backend recognises its own events in [`Stream::wait`].
+    fn as_any(&self) -> &dyn std::any::Any;
+}
+
+/// A point in a stream. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Event(Arc<dyn EventState>);
+
+impl Event {
+    /// Wraps a backend's state.
+    pub fn new(state: impl EventState + 'static) -> Self {
+        Self(Arc::new(state))
+    }
+
+    /// See [`EventState::is_complete`].
+    pub fn is_complete(&self) -> Result<bool> {
+        self.0.is_complete()
+    }
+
+    /// See [`EventState::done`].
+    pub async fn done(&self, deadline: Instant) -> Result<()> {
+        self.0.done(deadline).await
+    }
+
+    /// The backend's own state, if this event is one of type `T`.
+    pub fn downcast<T: 'static>(&self) -> Option<&T> {
+        self.0.as_any().downcast_ref()
+    }
+}

@@ -1,0 +1,20 @@
+//! The core of `ckpt`: puts new weights into running LLM inference engines.
+//!
+//! Four seams are pluggable and nothing else is: [`transport::Transport`], [`device::DeviceBackend`],
+//! [`sink::WeightSink`] and [`engine::Engine`]. Between them stand a pure planner ([`plan`]), a sans-IO update
+//! machine ([`update`]) and one control plane ([`control`]). `docs/ARCHITECTURE.md` shows the life of one bucket.
+
+pub mod control;
+pub mod deadlines;
+pub mod device;
+pub mod engine;
+pub mod error;
+pub mod manifest;
+pub mod plan;
+pub mod sink;
+pub mod transport;
+pub mod types;
+pub mod update;
+
+pub use error::{Error, ErrorKind, Key, Recovery, Result};
+pub use types::{DType, Epoch, Rank, Version};

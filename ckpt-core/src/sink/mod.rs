@@ -1,0 +1,48 @@
+//! The sink seam: how an inference worker is told where new weights lie and says that it has taken them.
+
+use std::time::Instant;
+
+use async_trait::async_trait;
+
+use crate::{
+    device::Ring,
+    error::{Error, Result},
+    types::TensorMeta,
+};
+
+/// One tensor of a bucket, in the ring.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInRing {
+    /// Name, dtype, shape.
+    pub meta: TensorMeta,
+    /// Bytes from the ring's start.
+    pub offset: u64,
+}
+
+/// "This bucket is in the ring."
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BucketMessage {
+    /// Number of the bucket in the plan.
+    pub bucket: u32,
+    /// Its whole tensors.
+    pub tensors: Vec<TensorInRing>,
+}
+
+/// One worker's link during one update, in the order of the methods. Every call ends by its deadline.
+///
+/// After an error of any method only [`WeightSink::fail`] may follow. A worker's own words are in the error's message.
+#[async_trait]
+pub trait WeightSink: Send {
+    /// What the engine must tell the worker so that it connects here.
+    fn endpoint(&self) -> &str;
+    /// Hands over the ring; returns when the worker has mapped it.
+    async fn open(&mut self, ring: &dyn Ring, deadline: Instant) -> Result<()>;
+    /// Hands over one bucket; returns when the worker has copied it out.
+    async fn deliver(&mut self, bucket: &BucketMessage, deadline: Instant) -> Result<()>;
+    /// Asks the worker to drop its mapping; returns when the ring may be freed.
+    async fn release(&mut self, deadline: Instant) -> Result<()>;
+    /// Runs the worker's post hook; returns when the new weights are in use.
+    async fn finish(&mut self, deadline: Instant) -> Result<()>;
+    /// Makes the worker raise `cause`, after the reply that it still owes. Returns when it was told or by the deadline.
+    async fn fail(&mut self, cause: &Error, deadline: Instant) -> Result<()>;
+}
