@@ -27,8 +27,9 @@ fn allowance(fault: Fault, d: &Deadlines) -> Duration {
     let base = d.dead_after * 4 / 5;
     let silence = d.dead_after + d.heartbeat * 2;
     base + match fault {
-        Fault::RankDies { fin: true, .. } | Fault::LinkBreaks { .. } => d.heartbeat,
-        Fault::RankDies { fin: false, .. } => silence,
+        // After the commit an engine waits for the worker that nobody tells to finish.
+        Fault::RankDies { fin, .. } => d.release * 2 + if fin { d.heartbeat } else { silence },
+        Fault::LinkBreaks { .. } | Fault::OtherVersion { .. } => d.heartbeat,
         Fault::HubDies { .. } | Fault::Partition { .. } => silence,
         Fault::Freeze { duration, .. } => duration + silence,
         Fault::WorkerHangs { step, .. } => match step {
@@ -99,6 +100,10 @@ pub fn scenario(seed: u64, skip: Option<Skip>) -> SimConfig {
             engine: engines.then_some(u32::from(ranks > 3 && r >= ranks / 2)),
         })
         .collect();
+    // Every engine has a worker; the rank that sends its request need not be that worker's.
+    if let Some(last) = config.ranks.last_mut() {
+        last.has_worker = true;
+    }
     config.deadlines = tight_deadlines();
     config.seed = seed;
     // Slow enough that a fault often strikes while bytes move.

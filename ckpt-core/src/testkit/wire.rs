@@ -58,4 +58,5 @@ pub(crate) fn session_error(what: &str) -> Error {
 pub(crate) fn engine_error(rank: Rank) -> Error {
     Error::new(ErrorKind::Backend, "update engine", "the engine answered 500 Internal Server Error")
         .with(Key::Rank, rank)
+        .with(Key::Endpoint, "http://localhost:19730")
 }

@@ -132,7 +132,9 @@ impl SimCluster {
                 _ => continue,
             };
             let own = self.processes[rank].cut_off;
-            let named = names(cause, Key::Rank) || (silent && names(cause, Key::Peer));
+            let quoted =
+                [' ', ']'].iter().any(|end| cause.message().contains(&format!("rank={culprit}{end}")));
+            let named = names(cause, Key::Rank) || (silent && names(cause, Key::Peer)) || quoted;
             if !own && !named {
                 return Err(Violation::new(
                     Law::Blame,

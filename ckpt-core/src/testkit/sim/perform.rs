@@ -4,13 +4,10 @@ use std::time::Duration;
 
 use super::{Answer, SimCluster, Span, SpanKind, What};
 use crate::{
-    testkit::{
-        Fault, Law, Violation, WorkerStep,
-        model::{End, cause_text},
-        wire,
-    },
+    error::Key,
+    testkit::{Fault, Law, Violation, WorkerStep, wire},
     types::Rank,
-    update::{Action, Event},
+    update::{Action, Event, Outcome},
 };
 
 fn transfer(bytes: u64, bytes_per_sec: u64) -> Duration {
@@ -91,20 +88,25 @@ impl SimCluster {
             Action::RunPostHook => {
                 self.worker_step(rank, WorkerStep::Hook, costs.wind_up, Answer::HookDone);
             }
-            Action::AbortLocal { .. } => {
+            Action::AbortLocal { cause } => {
                 self.answer(rank, costs.wind_up, Answer::AbortDone);
                 if let Some(leader) = self.leader(rank) {
-                    let delay = costs.wind_up * 2;
-                    self.answer(leader, delay, Answer::Failed(wire::engine_error(leader)));
+                    let round = self.processes[me].round;
+                    let at = self.now + self.jitter(costs.wind_up * 2);
+                    // The engine's answer quotes what its worker raised.
+                    let error = wire::engine_error(leader).caused_by(cause).flattened();
+                    self.schedule(at, What::Answer(leader, round, Answer::Failed(error)));
                 }
             }
             Action::End(outcome) => {
-                if self.processes[me].round == 0 {
+                let failed = matches!(outcome, Outcome::Failed { .. });
+                let first = self.processes[me].round == 0;
+                if first {
                     self.report.outcomes[me] = Some(outcome);
                     self.report.ended_at[me] = Some(self.now);
                 }
                 self.processes[me].machine = None;
-                if self.retries_at_once() && self.last_end(rank) == Some(End::Failed) {
+                if first && failed && self.retries_at_once() {
                     self.next_round(rank);
                     self.schedule(self.now, What::Call(rank));
                 }
@@ -194,7 +196,7 @@ impl SimCluster {
                 Event::AbortDone
             }
             Answer::Failed(cause) => {
-                r.engine_running &= cause_text(&cause) != cause_text(&wire::engine_error(rank));
+                r.engine_running &= cause.get(Key::Endpoint).is_none();
                 (r.opening, r.publishing) = (false, None);
                 (r.releasing, r.hook_running) = (false, false);
                 Event::Failed { cause }

@@ -110,6 +110,8 @@ impl SimCluster {
             Fault::SecondCall { rank } => {
                 self.struck_at = Some(self.now);
                 let outsider = self.count();
+                // It may have been silent for too long by now; then it comes anew.
+                let _ = self.connect(outsider);
                 let joining = self.joining(vec![rank, outsider], Version(2));
                 self.schedule(self.now, What::ToHub(outsider, ToHub::Join(joining)));
             }
