@@ -37,6 +37,8 @@ pub enum ExploreFault {
     SessionBreaks(Rank),
     /// The rank's link breaks; its driver says so some time later.
     LinkBreaks(Rank),
+    /// The rank's driver reports a broken link although all bytes are there and said to be.
+    LateSymptom(Rank),
     /// The rank's engine fails.
     EngineFails(Rank),
     /// The rank's engine answers early.
@@ -256,6 +258,7 @@ impl State {
             } else if self.hub_lost[me] {
                 steps.push(Step::HubLost(rank));
             }
+            // Pullers read at any moment; elsewhere landing and completing are one step for all that anybody can see.
             if let Some(bucket) = self.model.can_receive(rank) {
                 steps.push(Step::Receive(rank, bucket));
             }
@@ -298,6 +301,9 @@ impl State {
                 rank(r).engine_running && !rank(r).hook_running && !rank(r).hook_done
             }
             ExploreFault::LinkBreaks(r) => rank(r).enqueued > rank(r).exchanged,
+            ExploreFault::LateSymptom(r) => {
+                self.model.has_worker_loaded(r) && rank(r).end.is_none() && !rank(r).commit_heard
+            }
             ExploreFault::RankDies(r) | ExploreFault::SessionBreaks(r) => rank(r).end.is_none(),
             ExploreFault::StaleCommit(r) | ExploreFault::StaleAbort(r) => rank(r).end.is_none(),
             ExploreFault::HubDies => true,
@@ -308,6 +314,7 @@ impl State {
         match step {
             Step::ToHub(rank) => {
                 if let Some(message) = self.to_hub[rank as usize].pop_front() {
+                    self.model.hub_hears(&message);
                     self.hub.handle(rank, message, NOW);
                 }
                 self.drain_hub()
@@ -348,7 +355,12 @@ impl State {
             }
             Step::Receive(rank, bucket) => {
                 self.model.receive(rank, bucket);
-                Ok(())
+                match self.model.can_complete(rank) {
+                    Some((bucket, means_something)) if self.model.transport != TransportModel::Pull => {
+                        self.take(Step::Complete(rank, bucket, means_something))
+                    }
+                    _ => Ok(()),
+                }
             }
             Step::Complete(rank, bucket, means_something) => {
                 self.model.complete(rank, bucket, means_something);
@@ -426,6 +438,10 @@ impl State {
                 let peer = (rank + 1) % self.machines.len() as Rank;
                 self.notices[rank as usize] = Some(wire::link_error(rank, peer));
                 Ok(())
+            }
+            ExploreFault::LateSymptom(rank) => {
+                let peer = (rank + 1) % self.machines.len() as Rank;
+                self.feed(rank, Event::Failed { cause: wire::link_error(rank, peer) })
             }
             ExploreFault::EngineFails(rank) => {
                 self.model.ranks[rank as usize].engine_running = false;

@@ -8,7 +8,7 @@ use std::{
 
 use super::{Law, Skip, Violation};
 use crate::{
-    control::ToRank,
+    control::{ToHub, ToRank},
     error::Error,
     plan::UpdatePlan,
     types::Rank,
@@ -143,6 +143,8 @@ pub(crate) struct Model {
     pub went: bool,
     /// An engine said "done" long before it could be.
     pub engine_lied: bool,
+    /// The hub heard of a failure before it decided.
+    failure_heard: bool,
     /// Some worker's post hook or release failed after the commit.
     pub hook_failed: bool,
 }
@@ -150,7 +152,7 @@ pub(crate) struct Model {
 impl Hash for Model {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.ranks.hash(state);
-        (self.committed, self.went, self.engine_lied, self.hook_failed).hash(state);
+        (self.committed, self.went, self.engine_lied, self.failure_heard, self.hook_failed).hash(state);
     }
 }
 
@@ -218,6 +220,7 @@ impl Model {
             committed: false,
             went: false,
             engine_lied: false,
+            failure_heard: false,
             hook_failed: false,
         }
     }
@@ -475,6 +478,12 @@ impl Model {
                 if !all {
                     return broken(Law::NoEarlyWord, "Committed before all workers have everything".into());
                 }
+                if self.failure_heard {
+                    return broken(
+                        Law::NoEarlyWord,
+                        "Committed although a rank had reported a failure".into(),
+                    );
+                }
                 if self.ranks.iter().any(|r| r.end == Some(End::Failed)) {
                     return broken(Law::Agreement, "Committed after a rank ended as failed".into());
                 }
@@ -488,6 +497,11 @@ impl Model {
             _ => {}
         }
         Ok(())
+    }
+
+    /// The hub reads this.
+    pub fn hub_hears(&mut self, message: &ToHub) {
+        self.failure_heard |= matches!(message, ToHub::Failed { .. }) && !self.committed;
     }
 
     /// The rank has read this.

@@ -529,6 +529,11 @@ impl SimCluster {
                 if let Some(process) = self.processes.get_mut(rank as usize) {
                     process.hub_heard = self.now;
                 }
+                if let ToHub::Failed { epoch: Some(epoch), .. } = &message
+                    && let Some(round) = self.epoch_rounds.get(epoch)
+                {
+                    self.rounds[*round].hub_hears(&message);
+                }
                 if let Some(hub) = &mut self.hub {
                     if rank == self.config.ranks.len() as Rank && !hub.attempts().is_empty() {
                         self.second_call.get_or_insert(false);
