@@ -12,6 +12,7 @@ pub mod error;
 pub mod manifest;
 pub mod plan;
 pub mod sink;
+pub mod topology;
 pub mod transport;
 pub mod types;
 pub mod update;
