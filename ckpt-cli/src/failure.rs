@@ -161,9 +161,13 @@ mod tests {
     #[test]
     fn causes_are_told_once_and_tracebacks_become_one_line() {
         let error = Error::new(ErrorKind::PeerLost, "update", "worker died").with(Key::Rank, 3);
-        let error = anyhow::Error::from(error.caused_by(std::io::Error::other("broken pipe"))).context("demo");
+        let error =
+            anyhow::Error::from(error.caused_by(std::io::Error::other("broken pipe"))).context("demo");
         assert_eq!(chain(&error), "demo: update: worker died [rank=3]: broken pipe");
-        assert_eq!(one_line("Traceback:\n  File x\n\nValueError: y\n"), "Traceback: | File x | ValueError: y");
+        assert_eq!(
+            one_line("Traceback:\n  File x\n\nValueError: y\n"),
+            "Traceback: | File x | ValueError: y"
+        );
     }
 
     #[test]

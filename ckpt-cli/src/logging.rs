@@ -8,15 +8,13 @@ use tracing_subscriber::{EnvFilter, fmt};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum LogFormat {
-    /// For people
     Text,
-    /// One JSON object a line
     Json,
 }
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct LoggingArgs {
-    /// Form of the log on stderr
+    /// Form of the log on stderr: for people, or one JSON object a line
     #[arg(long, global = true, value_enum, default_value = "text", env = "CKPT_LOG_FORMAT", hide_env = true)]
     pub(crate) log_format: LogFormat,
     /// What to log: error, warn, info, debug, trace, or a filter such as ckpt_core=debug [default: RUST_LOG, else info]

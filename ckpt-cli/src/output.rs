@@ -113,7 +113,8 @@ fn wrap(text: &str, room: usize) -> Vec<String> {
             lines.push(String::new());
             used = 0;
         }
-        let line = lines.last_mut().expect("there is always a line: the vector starts with one and only grows");
+        let line =
+            lines.last_mut().expect("there is always a line: the vector starts with one and only grows");
         if used > 0 {
             line.push(' ');
             used += 1;

@@ -4,7 +4,7 @@ use std::{fmt, path::PathBuf};
 
 use ckpt_core::{
     Result,
-    transport::library::{LibrarySearch, Opened},
+    transport::library::{LibrarySearch, Opened, loader_reason},
 };
 
 use crate::config::HcclConfig;
@@ -61,7 +61,7 @@ fn open(
     let opened = search.open(|name| {
         // SAFETY: loading runs the library's initialisers. The user or the system chose this file as CANN's; nothing
         // is called in it before aclInit.
-        let library = unsafe { libloading::Library::new(name) }.map_err(|error| error.to_string())?;
+        let library = unsafe { libloading::Library::new(name) }.map_err(|error| loader_reason(&error))?;
         // SAFETY: the address is only compared with null by libloading; nothing is called or read through it.
         let present = unsafe { library.get::<*const ()>(symbol.as_bytes()) }.is_ok();
         if present { Ok(library) } else { Err(format!("{symbol} is missing in it")) }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use ckpt_core::{
     Error, ErrorKind, Result,
-    transport::library::{LibrarySearch, Opened},
+    transport::library::{LibrarySearch, Opened, loader_reason},
 };
 
 use crate::config::MooncakeConfig;
@@ -37,7 +37,7 @@ pub(crate) fn find(config: &MooncakeConfig) -> Result<Found> {
         .open(|name| {
             // SAFETY: loading runs the library's initialisers. The user or the system chose this file as Mooncake's;
             // its initialisers only set up static data. No symbol is called here.
-            let library = unsafe { libloading::Library::new(name) }.map_err(|error| error.to_string())?;
+            let library = unsafe { libloading::Library::new(name) }.map_err(|error| loader_reason(&error))?;
             match SYMBOLS.iter().find(|symbol| !has_symbol(&library, symbol)) {
                 None => Ok(library),
                 Some(symbol) => Err(format!("it has no C interface: {symbol} is missing")),

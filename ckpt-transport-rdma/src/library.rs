@@ -2,7 +2,7 @@
 
 use ckpt_core::{
     Result,
-    transport::library::{LibrarySearch, Opened},
+    transport::library::{LibrarySearch, Opened, loader_reason},
 };
 
 use crate::config::RdmaConfig;
@@ -24,7 +24,7 @@ pub(crate) fn find_verbs(config: &RdmaConfig) -> Result<Opened<libloading::Libra
 pub(crate) fn open_with(name: &std::ffi::OsStr, symbol: &str) -> Result<libloading::Library, String> {
     // SAFETY: loading runs the library's initialisers. The user or the system chose this file as the named library;
     // the initialisers of rdma-core and UCX only set up static data.
-    let library = unsafe { libloading::Library::new(name) }.map_err(|error| error.to_string())?;
+    let library = unsafe { libloading::Library::new(name) }.map_err(|error| loader_reason(&error))?;
     // SAFETY: the address is only compared with null by libloading; nothing is called or read through it.
     let present = unsafe { library.get::<*const ()>(symbol.as_bytes()) }.is_ok();
     if present { Ok(library) } else { Err(format!("{symbol} is missing in it")) }

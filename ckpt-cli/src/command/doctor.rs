@@ -59,7 +59,14 @@ pub(crate) async fn run(_args: DoctorArgs, context: &Context) -> anyhow::Result<
         let transports = registry.transports().map(|t| backend(t.name(), t.probe())).collect();
         let system = vec![kernel(), shared_memory(), memory_lock(), open_files()];
         let healthy = system.iter().all(|check| check.verdict != Verdict::Failed);
-        Report { version: env!("CARGO_PKG_VERSION"), features: features(), healthy, devices, transports, system }
+        Report {
+            version: env!("CARGO_PKG_VERSION"),
+            features: features(),
+            healthy,
+            devices,
+            transports,
+            system,
+        }
     });
     print(&report, context);
     context.output.object(&report)?;

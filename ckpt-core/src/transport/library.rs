@@ -84,6 +84,11 @@ fn describe(path: &Path, why: &str) -> String {
     }
 }
 
+/// The words of the system's loader: the deepest cause of `error`. `libloading` itself only says "dlopen failed".
+pub fn loader_reason(error: &(dyn std::error::Error + 'static)) -> String {
+    std::iter::successors(Some(error), |error| error.source()).last().unwrap_or(error).to_string()
+}
+
 /// Existing folders `<site-packages>/<package>` of the Python environments that this process can know of: the active
 /// virtual environment, Conda, `PYTHONPATH`, the user's and the system's. pip is how many of these libraries come.
 pub fn python_package_folders(package: &str, env: &dyn Fn(&str) -> Option<String>) -> Vec<PathBuf> {
