@@ -121,6 +121,11 @@ pub enum ToHub {
     },
     /// I leave in order.
     Bye,
+    /// My worker has mapped the ring, or I have none.
+    Opened {
+        /// The attempt.
+        epoch: Epoch,
+    },
 }
 
 /// Hub to rank.
@@ -186,5 +191,10 @@ pub enum ToRank {
         epoch: Option<Epoch>,
         /// Why.
         cause: Error,
+    },
+    /// All members' workers have mapped their rings: from now on a slow bucket is slow, not waiting for a worker.
+    AllOpened {
+        /// The attempt.
+        epoch: Epoch,
     },
 }
