@@ -117,14 +117,18 @@ impl TensorMeta {
             Error::new(
                 ErrorKind::Corrupt,
                 "read tensor metadata",
-                format!("{} elements of {dtype} are too many or do not end on a byte", format_shape(&meta.shape)),
+                format!(
+                    "{} elements of {dtype} are too many or do not end on a byte",
+                    format_shape(&meta.shape)
+                ),
             )
             .with(crate::Key::Tensor, &meta.name)
         })?;
         Ok(meta)
     }
 
-    fn checked_len_bytes(&self) -> Option<u64> {
+    /// Bytes of the tensor; `None` if they are not representable or do not end on a byte.
+    pub fn checked_len_bytes(&self) -> Option<u64> {
         if self.shape.contains(&0) {
             return Some(0);
         }
