@@ -18,6 +18,7 @@ pub mod topology;
 pub mod transport;
 pub mod types;
 pub mod update;
+pub mod worker;
 
 pub use error::{Error, ErrorKind, Key, Recovery, Result};
 pub use types::{DType, Epoch, Rank, Version};
