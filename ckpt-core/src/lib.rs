@@ -4,6 +4,7 @@
 //! [`sink::WeightSink`] and [`engine::Engine`]. Between them stand a pure planner ([`plan`]), a sans-IO update
 //! machine ([`update`]) and one control plane ([`control`]). `docs/ARCHITECTURE.md` shows the life of one bucket.
 
+pub mod checkpoint;
 pub mod control;
 pub mod deadlines;
 pub mod device;
