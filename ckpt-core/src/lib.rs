@@ -13,9 +13,11 @@ pub mod error;
 pub mod manifest;
 pub mod plan;
 pub mod sink;
+pub mod topology;
 pub mod transport;
 pub mod types;
 pub mod update;
+pub mod worker;
 
 pub use error::{Error, ErrorKind, Key, Recovery, Result};
 pub use types::{DType, Epoch, Rank, Version};
