@@ -5,6 +5,7 @@
 //! machine ([`update`]) and one control plane ([`control`]). `docs/ARCHITECTURE.md` shows the life of one bucket.
 
 pub mod checkpoint;
+pub mod cluster;
 pub mod control;
 pub mod deadlines;
 pub mod device;
