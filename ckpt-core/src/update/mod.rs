@@ -5,6 +5,7 @@ mod machine;
 mod rule;
 
 pub use action::{Action, Event, Outcome};
+pub(crate) use machine::close_after;
 pub use machine::{MachineConfig, UpdateMachine};
 #[doc(hidden)]
 pub use rule::Rule;
