@@ -1,6 +1,7 @@
 //! The commands. A new one is a file here, a `mod` line and a line in the list below.
 
 mod doctor;
+mod launch;
 mod worker;
 
 use std::process::ExitCode;
@@ -26,5 +27,6 @@ macro_rules! commands {
 
 commands! {
     Doctor(doctor::DoctorArgs),
+    Launch(launch::LaunchArgs),
     Worker(worker::WorkerArgs),
 }
