@@ -13,6 +13,7 @@ pub mod engine;
 pub mod error;
 pub mod manifest;
 pub mod plan;
+pub mod server;
 pub mod sink;
 pub mod topology;
 pub mod transport;
