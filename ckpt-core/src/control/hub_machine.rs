@@ -44,7 +44,7 @@ impl HubConfig {
 }
 
 /// One rank, as the hub sees it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct RankStatus {
     /// Who.
     pub rank: Rank,
@@ -57,7 +57,7 @@ pub struct RankStatus {
 }
 
 /// One update that is being gathered or runs.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct AttemptStatus {
     /// The attempt's number, once begun.
     pub epoch: Option<Epoch>,
