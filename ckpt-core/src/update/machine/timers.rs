@@ -5,10 +5,10 @@
 
 use std::time::Duration;
 
-use super::{Sink, Stage, UpdateMachine};
+use super::{OPERATION, Sink, Stage, UpdateMachine};
 use crate::{
     deadlines::Deadlines,
-    error::{ErrorKind, Key},
+    error::{Error, ErrorKind, Key},
     update::Rule,
 };
 
@@ -96,8 +96,9 @@ impl UpdateMachine {
                 all[2] = Some((at, Overdue::Go));
             }
             Stage::Moving => {
+                // The engine has `ready` to answer; if it does not, its own message is the better one.
                 if self.sink == Sink::Opening && self.keeps(Rule::ReadyDeadline) {
-                    all[2] = Some((after(d.ready), Overdue::Open));
+                    all[2] = Some((after(d.ready.saturating_add(slack)), Overdue::Open));
                 }
                 if self.keeps(Rule::BucketDeadline) {
                     all[3] = self.exchange_overdue();
@@ -154,12 +155,19 @@ impl UpdateMachine {
     fn overdue(&mut self, what: Overdue, now: Duration) {
         let d = self.config.deadlines;
         let within = |limit: Duration| format!("within {} s", limit.as_secs_f64());
-        let timeout = |text: String| self.error(ErrorKind::Timeout, text);
+        let rank = self.config.rank;
+        let timeout =
+            move |text: String| Error::new(ErrorKind::Timeout, OPERATION, text).with(Key::Rank, rank);
         let cause = match what {
-            Overdue::Lease => timeout(format!(
-                "the hub has not answered {}; this rank stops, since the others may have gone on without it",
-                within(d.dead_after)
-            )),
+            Overdue::Lease => {
+                // Do not wait for its word either. Before Begin it must be awaited: it names no epoch, and the next
+                // call could take it for its own.
+                self.hub_settled |= self.epoch.is_some();
+                timeout(format!(
+                    "the hub has not answered {}; this rank stops, since the others may have gone on without it",
+                    within(d.dead_after)
+                ))
+            }
             Overdue::Join => timeout(format!("not all ranks called update {}", within(d.join))),
             Overdue::Prepare => timeout(format!(
                 "the engine, the ring and the communicator were not ready {}",
