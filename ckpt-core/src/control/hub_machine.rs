@@ -6,6 +6,8 @@
 mod attempt;
 mod fingerprint;
 mod gather;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{BTreeSet, VecDeque},

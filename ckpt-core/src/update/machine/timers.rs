@@ -138,16 +138,18 @@ impl UpdateMachine {
         all.into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
-    /// The oldest bucket that is enqueued and not here yet. A bucket that waits for an earlier one can be held up by
-    /// any rank's worker: its clock runs once all workers are there, and twice as long, so that the rank with the slow
-    /// worker speaks first.
+    /// The oldest bucket that is enqueued and not here yet. From the first bucket on that waits for an earlier one, any
+    /// rank's worker can hold it up: its clock runs once all workers are there, and twice as long, so that the rank
+    /// with the slow worker speaks first.
     fn exchange_overdue(&self) -> Option<(Duration, Overdue)> {
         let limit = self.config.deadlines.bucket;
         let bucket = (self.exchanged_count..self.written).find(|b| !self.exchanged[*b as usize])?;
         let since = self.written_at[bucket as usize].max(self.last_exchanged);
-        let at = match self.waits_for[bucket as usize] {
-            None => since.saturating_add(limit),
-            Some(_) => since.max(self.all_opened?).saturating_add(limit.saturating_mul(2)),
+        let held = self.waits_for.iter().take(bucket as usize + 1).any(Option::is_some);
+        let at = if held {
+            since.max(self.all_opened?).saturating_add(limit.saturating_mul(2))
+        } else {
+            since.saturating_add(limit)
         };
         Some((at, Overdue::Exchange(bucket)))
     }
@@ -185,12 +187,16 @@ impl UpdateMachine {
                 timeout(format!("the worker did not acknowledge a bucket {}", within(d.bucket)))
                     .with(Key::Bucket, b)
             }
-            Overdue::Total => timeout(format!(
-                "the update was not loaded {} ({} of {} buckets were)",
-                within(d.total),
-                self.freed,
-                self.waits_for.len()
-            )),
+            Overdue::Total => {
+                let text = format!(
+                    "the update was not loaded {} ({} of {} buckets were): {}",
+                    within(d.total),
+                    self.freed,
+                    self.waits_for.len(),
+                    self.pending()
+                );
+                timeout(text).with(Key::Bucket, self.freed)
+            }
             Overdue::Doubt => {
                 // A process that was stopped may have the decision in its socket: give it a moment to read.
                 if self.doubt_at.is_none() {
@@ -218,5 +224,18 @@ impl UpdateMachine {
             Overdue::Failing => return self.end_failed(now),
         };
         self.fail(cause, now);
+    }
+
+    /// What an update that takes too long waits for.
+    fn pending(&self) -> &'static str {
+        match self.stage {
+            Stage::Preparing => "this rank is not ready",
+            Stage::Ready => "other ranks are not ready",
+            _ if self.sink == Sink::Opening => {
+                "the worker has not mapped the ring; check that the engine was told this rank's endpoint"
+            }
+            _ if self.published > self.acked => "the worker has the next bucket",
+            _ => "the next bucket is not here",
+        }
     }
 }
