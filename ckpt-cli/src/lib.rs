@@ -8,8 +8,10 @@
 mod command;
 mod exit;
 mod failure;
+mod job;
 mod logging;
 mod output;
+mod progress;
 
 use std::{
     ffi::OsString,
@@ -19,7 +21,10 @@ use std::{
 };
 
 use anyhow::Context as _;
-use ckpt_core::{device::host::HostProvider, transport::Registry};
+use ckpt_core::{
+    device::host::HostProvider,
+    transport::{Registry, local::LocalProvider, tcp::TcpProvider},
+};
 use clap::Parser;
 pub use exit::Exit;
 pub use output::{Output, Table, format_bytes};
@@ -55,6 +60,8 @@ pub fn registry() -> Registry {
         registry.add_transport(MooncakeProvider::new(MooncakeConfig::from_env(&env)));
     }
     registry.add_device(HostProvider);
+    registry.add_transport(LocalProvider::default());
+    registry.add_transport(TcpProvider);
     registry
 }
 
