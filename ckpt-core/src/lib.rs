@@ -15,6 +15,7 @@ pub mod manifest;
 pub mod plan;
 pub mod server;
 pub mod sink;
+pub mod testkit;
 pub mod topology;
 pub mod transport;
 pub mod types;
