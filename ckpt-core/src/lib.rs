@@ -12,6 +12,7 @@ pub mod error;
 pub mod manifest;
 pub mod plan;
 pub mod sink;
+pub mod testkit;
 pub mod transport;
 pub mod types;
 pub mod update;
