@@ -13,7 +13,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::{
     address::HubAddress,
     codec::{FRAME_BYTES, PROTOCOL_VERSION, encode},
-    connect,
+    connect::{self, Way},
     message::{Hello, ToHub, ToRank},
     server::Hub,
     session_task,
@@ -133,13 +133,13 @@ pub struct Session {
 impl Session {
     /// Joins the job. Rank 0 may start its hub later: connecting is tried until the join deadline.
     pub async fn connect(config: SessionConfig) -> Result<Session> {
-        let connected = connect::over_tcp(&config).await?;
+        let connected = connect::connect(&config, Way::Tcp).await?;
         Ok(Self::start(config, connected))
     }
 
     /// Joins a hub of this process without a socket; `config.address` is only used in messages.
     pub async fn in_process(hub: &Hub, config: SessionConfig) -> Result<Session> {
-        let connected = connect::in_process(hub, &config).await?;
+        let connected = connect::connect(&config, Way::InProcess(hub)).await?;
         Ok(Self::start(config, connected))
     }
 

@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     sync::{Arc, Mutex, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -17,6 +17,9 @@ use super::{
     session::{Outgoing, Shared, session_dropped},
 };
 use crate::error::{Error, ErrorKind, Key, Result};
+
+/// For the reader to reach the end of a connection that cannot be written any more.
+const READ_LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// When the heartbeats that wait for an answer were sent. The hub answers in order.
 type Unanswered = Arc<Mutex<VecDeque<Instant>>>;
@@ -53,7 +56,11 @@ async fn write(
     };
     let mut beat = tokio::time::interval(shared.heartbeat);
     beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let broken = |e: std::io::Error| hub_lost(shared, &format!("the connection broke: {e}"));
+    // The hub may have said its last words before it went: `read` takes them first and then finds the end itself.
+    let broken = async |e: std::io::Error| {
+        tokio::time::sleep(READ_LAST_WORDS).await;
+        hub_lost(shared, &format!("the connection broke: {e}"))
+    };
     loop {
         let frame: Bytes = tokio::select! {
             biased;
@@ -66,7 +73,7 @@ async fn write(
                 Outgoing::Frame(frame) => frame,
                 Outgoing::Last(frame) => {
                     if let Err(e) = async { io.write_all(&frame).await?; io.shutdown().await }.await {
-                        return broken(e);
+                        return broken(e).await;
                     }
                     // The hub closes its half in answer, which ends `read`.
                     return std::future::pending().await;
@@ -78,7 +85,7 @@ async fn write(
             io.flush().await
         };
         if let Err(e) = written.await {
-            return broken(e);
+            return broken(e).await;
         }
     }
 }
