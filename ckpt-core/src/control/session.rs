@@ -181,7 +181,7 @@ impl Session {
     }
 
     /// Sends this rank's part of the gather `name` and returns every rank's, in rank order. All ranks of the job must
-    /// call it with the same name; a name can be used again when the earlier gather is over on all ranks.
+    /// call it with the same name. A name needs a counter: the hub remembers those of gathers that failed.
     pub async fn gather(&self, name: &str, part: Bytes, deadline: Instant) -> Result<Vec<Bytes>> {
         let (reply, answer) = oneshot::channel();
         let waiting = WaitingGather::new(&self.shared, name, reply)?;

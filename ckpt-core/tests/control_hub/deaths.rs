@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use ckpt_core::{
-    Epoch, ErrorKind, Key,
+    Epoch, Error, ErrorKind, Key,
     control::{Hub, Session, SessionEvent, ToHub, ToRank},
 };
 use tokio::{io::AsyncWriteExt, net::TcpListener};
@@ -47,6 +47,20 @@ async fn a_session_can_be_dropped_and_opened_again_at_once() {
     for _ in 0..5 {
         drop(Session::in_process(&hub, config.clone()).await.unwrap());
     }
+}
+
+#[tokio::test]
+async fn the_cause_that_a_rank_sent_before_it_went_is_the_one_that_others_hear() {
+    let hub = hub(2, patient()).await;
+    let mut all = sessions(&hub, 2, patient()).await;
+    let mut callers = Caller::all(&all);
+    let epoch = go(&mut callers, 1).await;
+    let cause = Error::new(ErrorKind::Corrupt, "read a shard", "the file is too short");
+    all[1].send(&ToHub::Failed { epoch: Some(epoch), cause }).unwrap();
+    callers.truncate(1);
+    all.truncate(1);
+    let heard = callers[0].aborted().await;
+    assert_eq!((heard.kind(), heard.get(Key::Rank)), (ErrorKind::Corrupt, Some("1")), "{heard}");
 }
 
 #[tokio::test]
