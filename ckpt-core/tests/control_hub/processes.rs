@@ -28,8 +28,9 @@ fn child_rank() {
         let mut caller = Caller::new(&session);
         caller.join(1);
         caller.begun().await;
-        println!("{UP}");
+        // Before the line: the other side stops this process as soon as it has read it.
         let mut last_turn = Instant::now();
+        println!("{UP}");
         let (mut valid_leases, mut woken) = (0, false);
         loop {
             let event = tokio::time::timeout(Duration::from_millis(200), caller.updates.next()).await;
