@@ -4,6 +4,7 @@
 //! [`sink::WeightSink`] and [`engine::Engine`]. Between them stand a pure planner ([`plan`]), a sans-IO update
 //! machine ([`update`]) and one control plane ([`control`]). `docs/ARCHITECTURE.md` shows the life of one bucket.
 
+pub mod checkpoint;
 pub mod cluster;
 pub mod control;
 pub mod deadlines;
@@ -12,10 +13,13 @@ pub mod engine;
 pub mod error;
 pub mod manifest;
 pub mod plan;
+pub mod server;
 pub mod sink;
+pub mod topology;
 pub mod transport;
 pub mod types;
 pub mod update;
+pub mod worker;
 
 pub use error::{Error, ErrorKind, Key, Recovery, Result};
 pub use types::{DType, Epoch, Rank, Version};

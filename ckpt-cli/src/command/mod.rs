@@ -2,6 +2,7 @@
 
 mod doctor;
 mod launch;
+mod worker;
 
 use std::process::ExitCode;
 
@@ -27,4 +28,5 @@ macro_rules! commands {
 commands! {
     Doctor(doctor::DoctorArgs),
     Launch(launch::LaunchArgs),
+    Worker(worker::WorkerArgs),
 }

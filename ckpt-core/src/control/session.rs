@@ -17,7 +17,7 @@ use super::{
     message::{Hello, ToHub, ToRank},
     server::Hub,
     session_task,
-    token::TokenSource,
+    token::{Token, TokenSource},
 };
 use crate::{
     deadlines::Deadlines,
@@ -168,6 +168,11 @@ impl Session {
     /// Ranks of the job.
     pub fn world_size(&self) -> u32 {
         self.shared.config.world_size
+    }
+
+    /// The job's secret, for transports whose listeners ask for one.
+    pub fn secret(&self) -> Result<Token> {
+        self.shared.config.token.read()
     }
 
     /// The hub's silence limit: a lease is valid this long.

@@ -9,7 +9,7 @@ use bytes::Bytes;
 
 use super::super::{CommunicatorChoice, Joining};
 use crate::{
-    error::{Error, ErrorKind, Key, Result},
+    error::{Error, ErrorKind, Key, Recovery, Result},
     types::{Epoch, Rank, Version},
 };
 
@@ -102,11 +102,13 @@ impl Attempt {
         let lowest = self.joined.first_key_value();
         let token: Option<Bytes> = lowest.and_then(|(_, j)| j.token.clone());
         token.map(CommunicatorChoice::Build).ok_or_else(|| {
+            // Ranks drop what they kept after a failure, so the next call builds.
             let error = Error::new(
-                ErrorKind::Internal,
+                ErrorKind::PeerLost,
                 "begin update",
-                "the lowest member sent no token for a new group",
-            );
+                "some member has lost the communicator that the lowest one kept; call update again",
+            )
+            .recovery_is(Recovery::Retry);
             match lowest {
                 Some((rank, _)) => error.with(Key::Rank, rank),
                 None => error,
