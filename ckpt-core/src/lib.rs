@@ -5,6 +5,7 @@
 //! machine ([`update`]) and one control plane ([`control`]). `docs/ARCHITECTURE.md` shows the life of one bucket.
 
 pub mod checkpoint;
+pub mod cluster;
 pub mod control;
 pub mod deadlines;
 pub mod device;
@@ -12,6 +13,7 @@ pub mod engine;
 pub mod error;
 pub mod manifest;
 pub mod plan;
+pub mod server;
 pub mod sink;
 pub mod topology;
 pub mod transport;

@@ -1,6 +1,8 @@
 //! The commands. A new one is a file here, a `mod` line and a line in the list below.
 
 mod doctor;
+mod launch;
+mod worker;
 
 use std::process::ExitCode;
 
@@ -25,4 +27,6 @@ macro_rules! commands {
 
 commands! {
     Doctor(doctor::DoctorArgs),
+    Launch(launch::LaunchArgs),
+    Worker(worker::WorkerArgs),
 }

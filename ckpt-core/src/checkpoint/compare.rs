@@ -147,10 +147,10 @@ impl<'a> Reader<'a> {
     }
 
     fn read(&mut self, tensor: &SourceTensor, at: u64, len: usize) -> Result<&[u8]> {
-        if let Origin::File { file, .. } = tensor.origin {
-            if self.file.as_ref().is_none_or(|(open, _)| *open != file) {
-                self.file = Some((file, self.source.files[file].reopen(false)?));
-            }
+        if let Origin::File { file, .. } = tensor.origin
+            && self.file.as_ref().is_none_or(|(open, _)| *open != file)
+        {
+            self.file = Some((file, self.source.files[file].reopen(false)?));
         }
         let chunk = &mut self.chunk[..len];
         self.source.read_at(tensor, self.file.as_ref().map(|(_, f)| f), at, chunk)?;

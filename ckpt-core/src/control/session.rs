@@ -17,7 +17,7 @@ use super::{
     message::{Hello, ToHub, ToRank},
     server::Hub,
     session_task,
-    token::TokenSource,
+    token::{Token, TokenSource},
 };
 use crate::{
     deadlines::Deadlines,
@@ -170,6 +170,11 @@ impl Session {
         self.shared.config.world_size
     }
 
+    /// The job's secret, for transports whose listeners ask for one.
+    pub fn secret(&self) -> Result<Token> {
+        self.shared.config.token.read()
+    }
+
     /// The hub's silence limit: a lease is valid this long.
     pub fn dead_after(&self) -> Duration {
         self.shared.dead_after
@@ -265,26 +270,23 @@ impl Updates {
     /// The next event. Cancel safe. Waits for ever after [`SessionEvent::HubLost`], and in a subscription that a later
     /// one has replaced.
     pub async fn next(&mut self) -> SessionEvent {
-        loop {
-            if self.loss_told {
-                std::future::pending::<()>().await;
+        if self.loss_told {
+            std::future::pending::<()>().await;
+        }
+        tokio::select! {
+            biased;
+            Some(message) = self.messages.recv() => SessionEvent::Message(message),
+            lost = self.lost.wait_for(Option::is_some) => {
+                let cause = lost.ok().and_then(|cause| cause.clone()).unwrap_or_else(session_dropped);
+                // A message may have come in between the first branch and this one.
+                if let Ok(message) = self.messages.try_recv() {
+                    return SessionEvent::Message(message);
+                }
+                self.loss_told = true;
+                SessionEvent::HubLost { cause }
             }
-            tokio::select! {
-                biased;
-                Some(message) = self.messages.recv() => return SessionEvent::Message(message),
-                lost = self.lost.wait_for(Option::is_some) => {
-                    let cause = lost.ok().and_then(|cause| cause.clone());
-                    // A message may have come in between the first branch and this one.
-                    if let Ok(message) = self.messages.try_recv() {
-                        return SessionEvent::Message(message);
-                    }
-                    self.loss_told = true;
-                    let cause = cause.unwrap_or_else(session_dropped);
-                    return SessionEvent::HubLost { cause };
-                }
-                Ok(()) = self.lease.changed() => {
-                    return SessionEvent::LeaseRenewed { sent_at: *self.lease.borrow_and_update() };
-                }
+            Ok(()) = self.lease.changed() => {
+                SessionEvent::LeaseRenewed { sent_at: *self.lease.borrow_and_update() }
             }
         }
     }
@@ -393,17 +395,19 @@ impl Shared {
             | ToRank::Committed { .. }
             | ToRank::Closed { .. }
             | ToRank::Abort { .. } => {
-                let mut subscriber = lock(&self.subscriber);
-                match subscriber.as_ref().map(|s| s.try_send(message)) {
-                    Some(Err(mpsc::error::TrySendError::Closed(_))) => *subscriber = None,
-                    Some(Err(mpsc::error::TrySendError::Full(_))) => {
+                let subscriber = lock(&self.subscriber);
+                let Some(sender) = subscriber.as_ref() else { return Ok(()) };
+                match sender.try_reserve() {
+                    Ok(place) => place.send(message),
+                    // The update is over for this rank's driver.
+                    Err(mpsc::error::TrySendError::Closed(())) => {}
+                    Err(mpsc::error::TrySendError::Full(())) => {
                         return Err(Error::new(
                             ErrorKind::Internal,
                             "hear from the hub",
                             format!("this rank has left {INCOMING_MESSAGES} messages unread"),
                         ));
                     }
-                    Some(Ok(())) | None => {}
                 }
             }
         }

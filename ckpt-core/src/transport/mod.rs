@@ -1,7 +1,12 @@
 //! The transport seam: broadcasts in a group (collective facet) and reads of remote memory (one-sided facet).
 
+mod group;
 pub mod library;
+pub mod local;
+mod poison;
+mod regions;
 mod registry;
+pub mod tcp;
 
 use std::{fmt, sync::Arc, time::Instant};
 
@@ -9,7 +14,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-pub use registry::{Probe, Registry, TransportConfig, TransportProvider};
+pub use registry::{AUTO, Probe, Registry, Requirement, TransportConfig, TransportProvider};
 
 use crate::{
     device::{Buffer, BufferSlice, Event, Stream},

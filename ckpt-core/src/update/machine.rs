@@ -7,6 +7,7 @@ mod timers;
 
 use std::{collections::VecDeque, time::Duration};
 
+pub(crate) use self::timers::close_after;
 use super::{Action, Event, Outcome, Rule};
 use crate::{
     deadlines::Deadlines,

@@ -25,6 +25,7 @@ use std::{
 
 use tokio::runtime::Handle;
 
+pub(crate) use self::stream::{copy_bytes, submit_alone};
 use self::{adversary::Adversary, ring::HostRing, stream::HostQueue};
 pub use self::{
     adversary::POISON,

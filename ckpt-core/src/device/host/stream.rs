@@ -16,7 +16,7 @@ use super::{
     event::{Completion, HostEvent},
 };
 use crate::{
-    device::{BufferSlice, Event, HostJob, HostStream, RawStream, Stream},
+    device::{BufferSlice, DeviceBackend, Event, HostJob, HostStream, RawStream, Stream},
     error::{Error, ErrorKind, Result},
 };
 
@@ -295,6 +295,22 @@ impl HostStream for HostQueue {
         self.shared().push(Item::Job(job));
         Ok(())
     }
+}
+
+/// Runs `job` on a stream of its own: one of `device` if that has host streams (so that the adversary sees it), else a
+/// plain one of the current runtime.
+pub(crate) fn submit_alone(device: &dyn DeviceBackend, job: HostJob) -> Result<Event> {
+    let mut stream = device.stream(job.label)?;
+    if stream.host().is_none() {
+        let runtime = Handle::try_current().map_err(|e| {
+            Error::new(ErrorKind::Internal, job.label, "must be called in a tokio runtime").caused_by(e)
+        })?;
+        stream = Arc::new(HostQueue::new(job.label, runtime, None));
+    }
+    if let Some(host) = stream.host() {
+        host.submit(job)?;
+    }
+    stream.record()
 }
 
 async fn copy(src: BufferSlice, dst: BufferSlice) -> Result<()> {
