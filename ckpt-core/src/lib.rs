@@ -11,6 +11,7 @@ pub mod device;
 pub mod engine;
 pub mod error;
 pub mod manifest;
+pub mod metas;
 pub mod plan;
 pub mod sink;
 pub mod transport;
