@@ -100,6 +100,16 @@ fn a_peers_json_is_read() {
 }
 
 #[test]
+fn packed_pairs_have_torchs_shape() {
+    let metas = one_rank(share([meta("t", DType::F4, &[3, 8])]), None);
+    let json = metas.to_json().unwrap();
+    assert!(json.contains(r#""dtype":"torch.float4_e2m1fn_x2","shape":[3,4]"#), "{json}");
+    assert_eq!(Metas::from_json(json.as_bytes()).unwrap(), metas);
+    let error = one_rank(share([meta("t", DType::F4, &[8, 3])]), None).to_json().unwrap_err();
+    assert_eq!((error.kind(), error.get(Key::Tensor)), (ErrorKind::Unsupported, Some("t")));
+}
+
+#[test]
 fn arenas_that_begin_with_a_files_header_keep_their_offsets() {
     let mut natural = Arena { len_bytes: 104 + 6 + 4, tensors: vec![] };
     natural.tensors.push(Tensor { meta: meta("x", DType::BF16, &[3]), offset: 104 });
@@ -250,7 +260,7 @@ proptest! {
         let mut metas = Metas::default();
         for (rank, (tensors, ours)) in ranks {
             let share = share(tensors.iter().enumerate().map(|(i, (dtype, n))| {
-                meta(&format!("t.{i}"), DType::ALL[*dtype], &[8, *n])
+                meta(&format!("t.{i}"), DType::ALL[*dtype], &[*n, 8])
             }));
             let count = share.tensors().count();
             let placement = placement(1, ours.then(|| extension(count)));

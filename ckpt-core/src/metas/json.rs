@@ -43,7 +43,8 @@ struct JsonTensor<'a> {
     name: Cow<'a, str>,
     #[serde(borrow)]
     dtype: Cow<'a, str>,
-    shape: Cow<'a, [u64]>,
+    /// As torch counts it.
+    shape: Arc<[u64]>,
     aligned_size: u64,
 }
 
@@ -180,10 +181,18 @@ impl<'a> JsonBuffer<'a> {
                 )
                 .with(Key::Tensor, &tensor.meta.name));
             };
+            let Some(shape) = tensor.meta.torch_shape() else {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    "write metas",
+                    "torch has no 4-bit tensors with an odd last dimension, so metas in JSON cannot name this one",
+                )
+                .with(Key::Tensor, &tensor.meta.name));
+            };
             metas.push(JsonTensor {
                 name: Cow::Borrowed(&tensor.meta.name),
                 dtype: Cow::Owned(tensor.meta.dtype.to_string()),
-                shape: Cow::Borrowed(&tensor.meta.shape),
+                shape,
                 aligned_size,
             });
         }
@@ -204,7 +213,7 @@ impl<'a> JsonBuffer<'a> {
             let Some(dtype) = DType::from_torch(&json.dtype) else {
                 return fail(format!("the element type {:?} is not known", json.dtype));
             };
-            let meta = TensorMeta::new(&*json.name, dtype, &*json.shape)?;
+            let meta = TensorMeta::from_torch(&*json.name, dtype, &json.shape)?;
             if json.aligned_size < meta.len_bytes() {
                 return fail(format!(
                     "aligned_size {} is less than the tensor's {} bytes",
