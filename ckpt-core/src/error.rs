@@ -199,7 +199,8 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.operation, self.message)?;
         if !self.context.is_empty() {
-            let words: Vec<String> = self.context.iter().map(|(k, v)| format!("{}={v}", k.as_str())).collect();
+            let words: Vec<String> =
+                self.context.iter().map(|(k, v)| format!("{}={v}", k.as_str())).collect();
             write!(f, " [{}]", words.join(" "))?;
         }
         if let Some(source) = &self.source {

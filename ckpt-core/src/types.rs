@@ -117,7 +117,10 @@ impl TensorMeta {
             Error::new(
                 ErrorKind::Corrupt,
                 "read tensor metadata",
-                format!("{} elements of {dtype} are too many or do not end on a byte", format_shape(&meta.shape)),
+                format!(
+                    "{} elements of {dtype} are too many or do not end on a byte",
+                    format_shape(&meta.shape)
+                ),
             )
             .with(crate::Key::Tensor, &meta.name)
         })?;

@@ -1,6 +1,7 @@
 //! The device seam: memory, streams, events, copies and export of one accelerator (or of host memory).
 
 mod buffer;
+pub mod host;
 mod stream;
 
 use std::{fmt, ops::Range, path::PathBuf, sync::Arc};
@@ -8,6 +9,7 @@ use std::{fmt, ops::Range, path::PathBuf, sync::Arc};
 use serde::{Deserialize, Serialize};
 
 pub use buffer::{Buffer, BufferSlice, MemoryKind};
+pub use host::runtime_dir;
 pub use stream::{Event, EventState, HostJob, HostStream, RawStream, Stream};
 
 use crate::{error::Result, transport::Probe};

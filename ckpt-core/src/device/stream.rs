@@ -49,6 +49,9 @@ pub trait HostStream: Send + Sync {
 pub struct HostJob {
     /// For traces: `h2d`, `broadcast`.
     pub label: &'static str,
+    /// Every range that the work may write. The adversarial host device fills them with garbage when the work was
+    /// aborted, as an accelerator may.
+    pub writes: Vec<BufferSlice>,
     /// The work. It must end by itself (by its own deadline or by abort).
     pub run: BoxFuture<'static, Result<()>>,
 }

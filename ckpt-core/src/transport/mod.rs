@@ -1,6 +1,11 @@
 //! The transport seam: broadcasts in a group (collective facet) and reads of remote memory (one-sided facet).
 
+mod group;
+pub mod local;
+mod poison;
+mod regions;
 mod registry;
+pub mod tcp;
 
 use std::{fmt, sync::Arc, time::Instant};
 

@@ -81,9 +81,9 @@ impl Registry {
 
     /// The transport called `name`, whatever its probe says.
     pub fn transport(&self, name: &str) -> Result<&dyn TransportProvider> {
-        self.transports().find(|p| p.name() == name).ok_or_else(|| {
-            unknown("transport", name, self.transports().map(|p| p.name()).collect())
-        })
+        self.transports()
+            .find(|p| p.name() == name)
+            .ok_or_else(|| unknown("transport", name, self.transports().map(|p| p.name()).collect()))
     }
 
     /// The device called `kind`, whatever its probe says.

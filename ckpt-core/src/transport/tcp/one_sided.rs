@@ -1,0 +1,288 @@
+//! Reads of another process's memory: requests and answers on connections of their own.
+//!
+//! The owner serves them on tasks of the transport. After a request's bytes it says once more whether the region is
+//! still registered, so that a reader never takes bytes of a region that was released meanwhile.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::future::try_join;
+use serde::{Deserialize, Serialize};
+use tokio::{net::TcpStream, task::JoinSet};
+
+use super::{
+    TcpTransport,
+    node::Node,
+    socket::{dial, is_idle, read_exact, write_all},
+    wire::{Hello, Id, Purpose, ReadRequest, broken, decode, encode, introduce},
+};
+use crate::{
+    device::{Buffer, BufferSlice, Event, HostJob, host},
+    error::{Error, ErrorKind, Key, Result},
+    transport::{
+        OneSided, ReadOp, Registration, RemoteRegion,
+        regions::{check_read, stale},
+    },
+};
+
+/// One request asks for at most this much.
+const PIECE_BYTES: u64 = 4 << 20;
+/// A reader's connection that asks for nothing this long is closed.
+const IDLE_TIME: Duration = Duration::from_secs(300);
+/// A reader that takes this long for one piece is gone.
+const PIECE_TIME: Duration = Duration::from_secs(60);
+/// Status and length before the bytes or the error's text.
+const ANSWER_BYTES: usize = 16;
+const ERROR_LIMIT: u64 = 1 << 16;
+
+const FINE: u64 = 0;
+const FAILED: u64 = 1;
+
+/// What [`RemoteRegion::descriptor`] holds.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+struct Descriptor {
+    /// Tells a restarted owner from the one that wrote this.
+    id: Id,
+    secret: [u8; 32],
+}
+
+/// Connections that wait for the next batch.
+#[derive(Default)]
+pub(super) struct Pool {
+    idle: Mutex<HashMap<(SocketAddr, Id), Vec<TcpStream>>>,
+}
+
+impl Pool {
+    fn lock(&self) -> MutexGuard<'_, HashMap<(SocketAddr, Id), Vec<TcpStream>>> {
+        // Nothing that can panic runs under this lock.
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, peer: &(SocketAddr, Id)) -> Option<TcpStream> {
+        let mut idle = self.lock();
+        let streams = idle.get_mut(peer)?;
+        while let Some(stream) = streams.pop() {
+            if is_idle(&stream) {
+                return Some(stream);
+            }
+        }
+        idle.remove(peer);
+        None
+    }
+
+    fn give(&self, peer: (SocketAddr, Id), stream: TcpStream, limit: usize) {
+        let mut idle = self.lock();
+        let streams = idle.entry(peer).or_default();
+        if streams.len() < limit {
+            streams.push(stream);
+        }
+    }
+}
+
+/// Answers one reader until it leaves.
+pub(super) async fn serve(node: &Node, stream: &TcpStream) {
+    let mut request = [0; ReadRequest::BYTES];
+    while let Ok(Ok(())) = tokio::time::timeout(IDLE_TIME, read_exact(stream, &mut request)).await {
+        let answered = answer(node, stream, ReadRequest::decode(&request));
+        match tokio::time::timeout(PIECE_TIME, answered).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return tracing::debug!(%error, "a reader left"),
+            Err(_) => return tracing::warn!("a reader did not take its bytes in time"),
+        }
+    }
+}
+
+fn answer_head(status: u64, len_bytes: u64) -> [u8; ANSWER_BYTES] {
+    let mut head = [0; ANSWER_BYTES];
+    head[..8].copy_from_slice(&status.to_le_bytes());
+    head[8..].copy_from_slice(&len_bytes.to_le_bytes());
+    head
+}
+
+async fn answer(node: &Node, stream: &TcpStream, request: ReadRequest) -> io::Result<()> {
+    let ReadRequest { generation, address, offset, len_bytes } = request;
+    let found = if len_bytes <= PIECE_BYTES {
+        node.regions.find(generation, address, offset, len_bytes)
+    } else {
+        Err(Error::new(
+            ErrorKind::Corrupt,
+            "read remote memory",
+            format!("{len_bytes} bytes at once are too many"),
+        ))
+    };
+    match found {
+        Ok(slice) => {
+            // SAFETY: `slice` keeps the memory mapped; an owner that changes registered memory gives up the region
+            // first, and then the byte behind makes the reader throw these away.
+            let bytes = unsafe { slice.as_slice() }.map_err(io::Error::other)?;
+            write_all(stream, &answer_head(FINE, len_bytes), bytes).await?;
+            write_all(stream, &[u8::from(node.regions.is_live(generation))], &[]).await
+        }
+        Err(error) => {
+            let text = encode(&error.flattened()).map_err(io::Error::other)?;
+            write_all(stream, &answer_head(FAILED, text.len() as u64), &text).await
+        }
+    }
+}
+
+#[async_trait]
+impl OneSided for TcpTransport {
+    async fn register(&self, buffer: Arc<dyn Buffer>) -> Result<Arc<dyn Registration>> {
+        let descriptor = encode(&Descriptor { id: self.node.id, secret: self.node.read_secret })?;
+        self.node.regions.register(buffer, self.node.listens.to_string(), Bytes::from(descriptor))
+    }
+
+    fn post_read(&self, batch: Vec<ReadOp>, deadline: Instant) -> Result<Event> {
+        let mut owners: HashMap<(SocketAddr, Descriptor), Vec<Piece>> = HashMap::new();
+        for op in &batch {
+            check_read(op)?;
+            let owner = owner_of(&op.region)?;
+            cut(op, owners.entry(owner).or_default())?;
+        }
+        let node = self.node.clone();
+        let writes = batch.into_iter().map(|op| op.into).collect();
+        let run = Box::pin(async move { read_all(node, owners, deadline).await });
+        host::submit_alone(&*self.node.device, HostJob { label: "read", writes, run })
+    }
+}
+
+fn owner_of(region: &RemoteRegion) -> Result<(SocketAddr, Descriptor)> {
+    let error = || {
+        let what = "the region was not described by the transport `tcp`";
+        Error::new(ErrorKind::ConfigInvalid, "read remote memory", what).with(Key::Peer, &region.peer)
+    };
+    let address = region.peer.parse().map_err(|e: std::net::AddrParseError| error().caused_by(e))?;
+    let descriptor = decode(&region.descriptor).map_err(|e| error().caused_by(e))?;
+    Ok((address, descriptor))
+}
+
+/// One request.
+struct Piece {
+    request: ReadRequest,
+    into: BufferSlice,
+}
+
+fn cut(op: &ReadOp, pieces: &mut Vec<Piece>) -> Result<()> {
+    let len = op.into.len_bytes();
+    let mut start = 0;
+    // An empty read still asks whether the region is there.
+    while start < len || (len == 0 && start == 0) {
+        let end = len.min(start + PIECE_BYTES);
+        let request = ReadRequest {
+            generation: op.region.generation,
+            address: op.region.address,
+            offset: op.offset + start,
+            len_bytes: end - start,
+        };
+        pieces.push(Piece { request, into: op.into.slice(start..end)? });
+        if len == 0 {
+            break;
+        }
+        start = end;
+    }
+    Ok(())
+}
+
+async fn read_all(
+    node: Arc<Node>,
+    owners: HashMap<(SocketAddr, Descriptor), Vec<Piece>>,
+    deadline: Instant,
+) -> Result<()> {
+    let mut tasks = JoinSet::new();
+    for ((address, descriptor), pieces) in owners {
+        let lanes = node.lanes.min(pieces.len());
+        let mut shares: Vec<Vec<Piece>> = (0..lanes).map(|_| Vec::new()).collect();
+        for (index, piece) in pieces.into_iter().enumerate() {
+            shares[index % lanes].push(piece);
+        }
+        for share in shares {
+            let (node, descriptor) = (node.clone(), descriptor.clone());
+            tasks.spawn(async move {
+                read_lane(&node, address, descriptor, share).await.map_err(|e| e.with(Key::Peer, address))
+            });
+        }
+    }
+    let all = async {
+        while let Some(task) = tasks.join_next().await {
+            task.map_err(|e| {
+                Error::new(ErrorKind::Internal, "read remote memory", "a task ended").caused_by(e)
+            })
+            .flatten()?;
+        }
+        Ok(())
+    };
+    let outcome = tokio::time::timeout_at(deadline.into(), all).await.unwrap_or_else(|_| {
+        Err(Error::new(ErrorKind::Timeout, "read remote memory", "the bytes did not arrive by the deadline"))
+    });
+    if outcome.is_err() {
+        // No task touches a destination after this.
+        tasks.shutdown().await;
+    }
+    outcome
+}
+
+/// Reads `share` over one connection, which goes back to the pool only if all went well.
+async fn read_lane(
+    node: &Node,
+    address: SocketAddr,
+    descriptor: Descriptor,
+    share: Vec<Piece>,
+) -> Result<()> {
+    let peer = (address, descriptor.id);
+    let stream = match node.pool.take(&peer) {
+        Some(stream) => stream,
+        None => {
+            let stream = dial(address).await?;
+            let (rank, world_size, epoch) = (0, 0, 0);
+            let hello = Hello { id: descriptor.id, rank, world_size, epoch, purpose: Purpose::Read };
+            introduce(&stream, &node.key(&descriptor.secret), &hello).await?;
+            stream
+        }
+    };
+    let ask = async {
+        let requests: Vec<u8> = share.iter().flat_map(|piece| piece.request.encode()).collect();
+        write_all(&stream, &requests, &[]).await.map_err(broken)
+    };
+    let take = async {
+        for piece in &share {
+            take_piece(&stream, piece).await?;
+        }
+        Ok(())
+    };
+    try_join(ask, take).await?;
+    node.pool.give(peer, stream, node.lanes);
+    Ok(())
+}
+
+async fn take_piece(stream: &TcpStream, piece: &Piece) -> Result<()> {
+    let mut head = [0; ANSWER_BYTES];
+    read_exact(stream, &mut head).await.map_err(broken)?;
+    let word = |range: std::ops::Range<usize>| {
+        let mut le = [0; 8];
+        le.copy_from_slice(&head[range]);
+        u64::from_le_bytes(le)
+    };
+    let (status, len) = (word(0..8), word(8..16));
+    if status == FINE && len == piece.into.len_bytes() {
+        // SAFETY: the destination belongs to this read until its event has completed, pieces do not overlap, and
+        // `piece` keeps the memory mapped.
+        let bytes = unsafe { piece.into.as_mut_slice() }?;
+        read_exact(stream, bytes).await.map_err(broken)?;
+        let mut live = [0];
+        read_exact(stream, &mut live).await.map_err(broken)?;
+        return if live == [1] { Ok(()) } else { Err(stale(piece.request.generation)) };
+    }
+    if status == FAILED && len <= ERROR_LIMIT {
+        let mut text = vec![0; len as usize];
+        read_exact(stream, &mut text).await.map_err(broken)?;
+        return Err(decode::<Error>(&text)?);
+    }
+    Err(Error::new(ErrorKind::Corrupt, "read remote memory", "the owner's answer does not fit the request"))
+}

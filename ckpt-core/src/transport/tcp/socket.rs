@@ -1,0 +1,100 @@
+//! Sockets: how they are tuned, dialled and used through a shared reference.
+
+use std::{
+    io::{self, IoSlice},
+    net::SocketAddr,
+    time::Duration,
+};
+
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::{TcpSocket, TcpStream};
+
+use crate::error::{Error, ErrorKind, Key, Result};
+
+/// Wanted size of the kernel's buffers. Taken only where the system allows it: a smaller fixed size would switch off
+/// the kernel's own tuning and be worse.
+const BUFFER_BYTES: usize = 4 << 20;
+/// A host that fell silent is given up after about this long.
+const SILENCE: Duration = Duration::from_secs(10);
+
+/// A socket for `address`, tuned before it is connected or listens (the window's scale is agreed then).
+pub(super) fn new(address: SocketAddr) -> io::Result<TcpSocket> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    if allowed("rmem_max") >= BUFFER_BYTES {
+        SockRef::from(&socket).set_recv_buffer_size(BUFFER_BYTES)?;
+    }
+    if allowed("wmem_max") >= BUFFER_BYTES {
+        SockRef::from(&socket).set_send_buffer_size(BUFFER_BYTES)?;
+    }
+    Ok(socket)
+}
+
+fn allowed(name: &str) -> usize {
+    let text = std::fs::read_to_string(format!("/proc/sys/net/core/{name}")).unwrap_or_default();
+    text.trim().parse().unwrap_or(0)
+}
+
+/// For every connected socket.
+pub(super) fn tune(stream: &TcpStream) -> io::Result<()> {
+    let socket = SockRef::from(stream);
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_user_timeout(Some(SILENCE))?;
+    let (idle, interval) = (SILENCE / 2, Duration::from_secs(1));
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(5))
+}
+
+/// Connects; the caller bounds the time.
+pub(super) async fn dial(address: SocketAddr) -> Result<TcpStream> {
+    let connect = async {
+        let stream = new(address)?.connect(address).await?;
+        tune(&stream)?;
+        Ok::<_, io::Error>(stream)
+    };
+    connect.await.map_err(|e| {
+        Error::new(ErrorKind::PeerLost, "connect to a peer", "the peer does not answer")
+            .with(Key::Peer, address)
+            .caused_by(e)
+    })
+}
+
+/// Fills `bytes`. A shared reference is enough: one reader and one writer may use a socket at once.
+pub(super) async fn read_exact(stream: &TcpStream, mut bytes: &mut [u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match stream.try_read(bytes) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => bytes = &mut bytes[n..],
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => stream.readable().await?,
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Writes `head`, then `body`.
+pub(super) async fn write_all(stream: &TcpStream, mut head: &[u8], mut body: &[u8]) -> io::Result<()> {
+    while !(head.is_empty() && body.is_empty()) {
+        let parts = [IoSlice::new(head), IoSlice::new(body)];
+        match stream.try_write_vectored(&parts) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => {
+                let from_head = n.min(head.len());
+                head = &head[from_head..];
+                body = &body[n - from_head..];
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => stream.writable().await?,
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Ends both directions at once; whoever reads or writes is woken. An error means that it had ended already.
+pub(super) fn shut(stream: &TcpStream) {
+    let _ = SockRef::from(stream).shutdown(std::net::Shutdown::Both);
+}
+
+/// Whether an idle connection can still be used: nothing to read, and not the end.
+pub(super) fn is_idle(stream: &TcpStream) -> bool {
+    let mut byte = [std::mem::MaybeUninit::uninit()];
+    matches!(SockRef::from(stream).peek(&mut byte), Err(e) if e.kind() == io::ErrorKind::WouldBlock)
+}
