@@ -1,1 +1,180 @@
-//! The ckpt command line as a library.
+//! The `ckpt` command line as a library: the binary, the integration tests and anyone who wants the same registry.
+//!
+//! Conventions of every command:
+//! - results go to stdout, logs to stderr; with `--json` the last line of stdout is one JSON object;
+//! - a failure is one line, `error: ...`, and with `--json` also `{"error":{"kind","operation","message","context"}}`;
+//! - exit codes are those of [`Exit`].
+
+mod command;
+mod exit;
+mod failure;
+mod logging;
+mod output;
+
+use std::{
+    ffi::OsString,
+    panic::{AssertUnwindSafe, catch_unwind},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use ckpt_core::transport::Registry;
+use clap::Parser;
+pub use exit::Exit;
+pub use output::{Output, Table, format_bytes};
+
+/// Everything that this build can use, in the order in which `auto` tries it. The only place with feature switches.
+///
+/// Devices: cuda, ascend, host. Transports: nccl, hccl, rdma, ucx, mooncake, local, tcp. Accelerators come before the
+/// host, native transports before portable ones; `local` refuses ranks in other processes, so `tcp` is the last resort
+/// that always works.
+pub fn registry() -> Registry {
+    let registry = Registry::default();
+    #[cfg(any(feature = "nccl", feature = "hccl", feature = "mooncake", feature = "rdma"))]
+    let registry = {
+        let mut registry = registry;
+        add_native(&mut registry, &|name| std::env::var(name).ok());
+        registry
+    };
+    registry
+}
+
+#[cfg(any(feature = "nccl", feature = "hccl", feature = "mooncake", feature = "rdma"))]
+fn add_native(registry: &mut Registry, env: &dyn Fn(&str) -> Option<String>) {
+    #[cfg(feature = "hccl")]
+    {
+        use ckpt_transport_hccl::{AscendProvider, HcclConfig, HcclProvider};
+        registry.add_device(AscendProvider::new(HcclConfig::from_env(env)));
+        registry.add_transport(HcclProvider::new(HcclConfig::from_env(env)));
+    }
+    #[cfg(feature = "rdma")]
+    {
+        use ckpt_transport_rdma::{RdmaConfig, RdmaProvider};
+        registry.add_transport(RdmaProvider::new(RdmaConfig::from_env(env)));
+    }
+    #[cfg(feature = "ucx")]
+    {
+        use ckpt_transport_rdma::{RdmaConfig, UcxProvider};
+        registry.add_transport(UcxProvider::new(RdmaConfig::from_env(env)));
+    }
+    #[cfg(feature = "mooncake")]
+    {
+        use ckpt_transport_mooncake::{MooncakeConfig, MooncakeProvider};
+        registry.add_transport(MooncakeProvider::new(MooncakeConfig::from_env(env)));
+    }
+}
+
+/// The cargo features that this build has.
+pub(crate) fn features() -> Vec<&'static str> {
+    [
+        ("nccl", cfg!(feature = "nccl")),
+        ("hccl", cfg!(feature = "hccl")),
+        ("mooncake", cfg!(feature = "mooncake")),
+        ("rdma", cfg!(feature = "rdma")),
+        ("ucx", cfg!(feature = "ucx")),
+    ]
+    .into_iter()
+    .filter_map(|(name, on)| on.then_some(name))
+    .collect()
+}
+
+/// What every command gets besides its arguments.
+pub(crate) struct Context {
+    /// What can be used.
+    pub(crate) registry: Registry,
+    /// Where results go.
+    pub(crate) output: Output,
+}
+
+#[derive(Parser)]
+#[command(
+    name = "ckpt",
+    version,
+    about = "Puts new weights into running LLM inference engines",
+    arg_required_else_help = true,
+    subcommand_required = true,
+    after_help = exit::HELP
+)]
+struct Cli {
+    /// Print one JSON object as the last line of stdout, and errors as one too
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(flatten)]
+    logging: logging::LoggingArgs,
+    #[command(subcommand)]
+    command: command::Command,
+}
+
+/// The whole program: what the `ckpt` binary does with the process's own arguments.
+pub fn main() -> ExitCode {
+    failure::install_panic_hook();
+    run(std::env::args_os())
+}
+
+/// Runs one command line, program name first, to its end.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let cli = match Cli::try_parse_from(&args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // clap did not get far enough to say whether `--json` was given; what follows `--` is not ours.
+            let mut own = args.iter().take_while(|arg| *arg != "--");
+            return failure::report_usage(error, &Output::new(own.any(|arg| arg == "--json")));
+        }
+    };
+    let output = Output::new(cli.json);
+    // A panic is a bug in this program; even then the caller gets an exit code and, with `--json`, an object.
+    match catch_unwind(AssertUnwindSafe(|| execute(cli, output))) {
+        Ok(Ok(code)) => code,
+        Ok(Err(error)) => failure::report(&error, &output),
+        Err(_) => failure::report_bug(&output),
+    }
+}
+
+fn execute(cli: Cli, output: Output) -> anyhow::Result<ExitCode> {
+    logging::init(&cli.logging)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("ckpt")
+        .build()
+        .context("start the async runtime")?;
+    let context = Context { registry: registry(), output };
+    let result = runtime.block_on(cli.command.run(&context));
+    // A thread stuck in the operating system must not keep a finished program alive.
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed_and_every_command_has_examples() {
+        let mut cli = Cli::command();
+        cli.build();
+        cli.clone().debug_assert();
+        for command in cli.get_subcommands().filter(|c| c.get_name() != "help") {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("Examples:"), "`ckpt {} --help` has no examples", command.get_name());
+            assert!(help.contains("ckpt "), "`ckpt {} --help` has no examples", command.get_name());
+            assert!(command.get_about().is_some(), "`ckpt {}` has no description", command.get_name());
+        }
+    }
+
+    #[test]
+    fn native_transports_come_first_and_names_are_unique() {
+        let registry = registry();
+        let names: Vec<_> = registry.transports().map(|t| t.name()).collect();
+        let order = ["nccl", "hccl", "rdma", "ucx", "mooncake", "local", "tcp"];
+        let expected: Vec<_> = order.into_iter().filter(|name| names.contains(name)).collect();
+        assert_eq!(names, expected);
+        let devices: Vec<_> = registry.devices().map(|d| d.kind()).collect();
+        let expected: Vec<_> =
+            ["cuda", "ascend", "host"].into_iter().filter(|kind| devices.contains(kind)).collect();
+        assert_eq!(devices, expected);
+    }
+}

@@ -1,2 +1,5 @@
 //! The `ckpt` binary.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    ckpt_cli::main()
+}

@@ -4,6 +4,7 @@
 //! [`sink::WeightSink`] and [`engine::Engine`]. Between them stand a pure planner ([`plan`]), a sans-IO update
 //! machine ([`update`]) and one control plane ([`control`]). `docs/ARCHITECTURE.md` shows the life of one bucket.
 
+pub mod checkpoint;
 pub mod control;
 pub mod deadlines;
 pub mod device;
@@ -12,9 +13,11 @@ pub mod error;
 pub mod manifest;
 pub mod plan;
 pub mod sink;
+pub mod topology;
 pub mod transport;
 pub mod types;
 pub mod update;
+pub mod worker;
 
 pub use error::{Error, ErrorKind, Key, Recovery, Result};
 pub use types::{DType, Epoch, Rank, Version};

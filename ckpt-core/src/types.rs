@@ -127,7 +127,8 @@ impl TensorMeta {
         Ok(meta)
     }
 
-    fn checked_len_bytes(&self) -> Option<u64> {
+    /// Bytes of the tensor; `None` if they are not representable or do not end on a byte.
+    pub fn checked_len_bytes(&self) -> Option<u64> {
         if self.shape.contains(&0) {
             return Some(0);
         }

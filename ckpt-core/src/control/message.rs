@@ -1,6 +1,8 @@
 //! What ranks and hub say to each other. One update is four agreements:
 //! Join/Begin, Ready/Go, Loaded/Committed, Finished/Closed; any Failed before Committed turns into Abort for all.
 
+use std::fmt;
+
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
@@ -9,8 +11,8 @@ use crate::{
     types::{Epoch, Rank, Version},
 };
 
-/// The first message of a session.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// The first message of a session. Its `Debug` hides the token.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// Version of this protocol; the hub refuses another.
     pub protocol: u32,
@@ -28,6 +30,20 @@ pub struct Hello {
     pub host: String,
     /// For messages.
     pub pid: u32,
+}
+
+impl fmt::Debug for Hello {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hello")
+            .field("protocol", &self.protocol)
+            .field("job", &self.job)
+            .field("rank", &self.rank)
+            .field("world_size", &self.world_size)
+            .field("incarnation", &self.incarnation)
+            .field("host", &self.host)
+            .field("pid", &self.pid)
+            .finish_non_exhaustive()
+    }
 }
 
 /// A rank's call of `update`.
@@ -121,6 +137,11 @@ pub enum ToHub {
     },
     /// I leave in order.
     Bye,
+    /// My worker has mapped the ring, or I have none.
+    Opened {
+        /// The attempt.
+        epoch: Epoch,
+    },
 }
 
 /// Hub to rank.
@@ -186,5 +207,10 @@ pub enum ToRank {
         epoch: Option<Epoch>,
         /// Why.
         cause: Error,
+    },
+    /// All members' workers have mapped their rings: from now on a slow bucket is slow, not waiting for a worker.
+    AllOpened {
+        /// The attempt.
+        epoch: Epoch,
     },
 }

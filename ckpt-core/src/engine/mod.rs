@@ -1,10 +1,26 @@
 //! The engine seam: telling an inference engine that an update begins and where its workers find it.
 
-use std::{collections::BTreeMap, time::Instant};
+mod address;
+mod client;
+mod http;
+mod none;
+mod sglang;
+mod vllm;
+
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Instant};
 
 use async_trait::async_trait;
 
-use crate::{error::Result, types::Version};
+pub use address::EngineAddress;
+pub use http::{HttpEngine, HttpTemplate};
+pub use none::NoEngine;
+pub use sglang::SglangEngine;
+pub use vllm::VllmEngine;
+
+use crate::{
+    error::{Error, ErrorKind, Result},
+    types::Version,
+};
 
 /// What an engine is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,4 +41,41 @@ pub trait Engine: Send + Sync {
     /// Tells the engine; returns when the engine says that the whole update is over, so it runs beside the transfer.
     /// An error carries the engine's status and body.
     async fn update(&self, request: &EngineRequest, deadline: Instant) -> Result<()>;
+}
+
+/// Which engine, and where.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// One of [`ENGINES`].
+    pub kind: String,
+    /// `http://host:port` or `unix:/path`; for `http` the full URL of the update request.
+    pub endpoint: String,
+    /// A UNIX socket to connect to instead of the endpoint's host; the endpoint still gives the path.
+    pub uds: Option<PathBuf>,
+    /// For `http`: what to send.
+    pub template: Option<HttpTemplate>,
+}
+
+/// The engines that [`create`] knows.
+pub const ENGINES: &[&str] = &["vllm", "sglang", "http", "none"];
+
+/// Makes the engine of `config`; connects to nothing yet.
+pub fn create(config: EngineConfig) -> Result<Arc<dyn Engine>> {
+    let invalid = |message: String| Error::new(ErrorKind::ConfigInvalid, "choose an engine", message);
+    if config.template.is_some() && config.kind != "http" {
+        return Err(invalid(format!("a request template goes with engine http, not with {}", config.kind)));
+    }
+    let address = || EngineAddress::parse(&config.endpoint)?.over_socket(config.uds.clone());
+    Ok(match config.kind.as_str() {
+        "vllm" => Arc::new(VllmEngine::new(address()?)?),
+        "sglang" => Arc::new(SglangEngine::new(address()?)?),
+        "http" => Arc::new(HttpEngine::new(address()?, config.template.unwrap_or_default())?),
+        "none" => Arc::new(NoEngine),
+        other => {
+            return Err(invalid(format!(
+                "there is no engine `{other}`; choose one of {}",
+                ENGINES.join(", ")
+            )));
+        }
+    })
 }

@@ -1,6 +1,14 @@
 //! The sink seam: how an inference worker is told where new weights lie and says that it has taken them.
 
+mod gate;
+mod layout;
+mod native;
+
 use std::time::Instant;
+
+pub(crate) use gate::check_private_dir;
+pub use layout::Layout;
+pub use native::{NativeSink, NativeSinkConfig};
 
 use async_trait::async_trait;
 

@@ -1,5 +1,7 @@
 //! The machine's vocabulary: what it asks for and what it is told.
 
+use std::time::Duration;
+
 use crate::{
     control::{CommunicatorChoice, Member},
     error::Error,
@@ -29,6 +31,11 @@ pub enum Action {
     StartEngine,
     /// Hand the ring to the worker. Answered by [`Event::SinkOpened`].
     OpenSink,
+    /// Tell the hub that the worker has mapped the ring (or that there is none). Gates no byte: it starts clocks.
+    SendOpened {
+        /// The attempt.
+        epoch: Epoch,
+    },
     /// Start H2D of this rank's own segments of the bucket. No answer: the exchange follows on the device.
     Load {
         /// Index in the plan.
@@ -128,7 +135,13 @@ pub enum Event {
     },
     /// The worker has mapped the ring.
     SinkOpened,
-    /// The bucket is in this rank's ring.
+    /// From the hub: every member's worker has mapped its ring.
+    AllOpened {
+        /// The attempt.
+        epoch: Epoch,
+    },
+    /// The bucket is in this rank's ring, and nobody reads it out of this ring any more (a root whose bytes are pulled
+    /// reports this only after the last puller).
     Exchanged {
         /// Index in the plan.
         bucket: u32,
@@ -174,7 +187,11 @@ pub enum Event {
         cause: Error,
     },
     /// The hub answered a heartbeat: the lease is renewed.
-    LeaseRenewed,
+    LeaseRenewed {
+        /// When the answered heartbeat was *sent*, on the machine's clock. The hub's own clock for this rank started
+        /// later than that, so a lease counted from here ends before the hub gives the rank up.
+        asked: Duration,
+    },
     /// [`Action::AbortLocal`] is complete.
     AbortDone,
 }

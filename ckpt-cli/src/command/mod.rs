@@ -1,0 +1,28 @@
+//! The commands. A new one is a file here, a `mod` line and a line in the list below.
+
+mod doctor;
+
+use std::process::ExitCode;
+
+use clap::Subcommand;
+
+use crate::Context;
+
+/// Makes the enum that clap parses and the dispatch: `Variant(module::Args)` runs `module::run(args, context)`.
+/// The documentation of `Args` is the command's description.
+macro_rules! commands {
+    ($($variant:ident($module:ident::$args:ident),)*) => {
+        #[derive(Subcommand)]
+        pub(crate) enum Command { $($variant(Box<$module::$args>),)* }
+
+        impl Command {
+            pub(crate) async fn run(self, context: &Context) -> anyhow::Result<ExitCode> {
+                match self { $(Command::$variant(args) => $module::run(*args, context).await,)* }
+            }
+        }
+    };
+}
+
+commands! {
+    Doctor(doctor::DoctorArgs),
+}

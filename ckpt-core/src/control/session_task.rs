@@ -1,0 +1,125 @@
+//! The two halves of a session's connection: what goes out with heartbeats in between, and what comes in.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
+
+use bytes::Bytes;
+use tokio::{io::AsyncWriteExt, sync::mpsc, time::MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    codec::{BoxWrite, FRAME_BYTES, ReceiveError, Receiver, encode},
+    connect::Connected,
+    message::{ToHub, ToRank},
+    session::{Outgoing, Shared, session_dropped},
+};
+use crate::error::{Error, ErrorKind, Key, Result};
+
+/// When the heartbeats that wait for an answer were sent. The hub answers in order.
+type Unanswered = Arc<Mutex<VecDeque<Instant>>>;
+
+/// Runs the connection until it breaks or `cancel` says that nobody needs it.
+pub(super) fn spawn(
+    shared: Arc<Shared>,
+    connected: Connected,
+    outgoing: mpsc::Receiver<Outgoing>,
+    cancel: CancellationToken,
+) {
+    let unanswered = Unanswered::default();
+    tokio::spawn(async move {
+        let end = tokio::select! {
+            biased;
+            () = cancel.cancelled() => session_dropped(),
+            end = read(&shared, connected.receiver, &unanswered) => end,
+            end = write(&shared, connected.writer, outgoing, &unanswered) => end,
+        };
+        tracing::debug!(rank = shared.config.rank, %end, "the session has ended");
+        shared.lose(end);
+    });
+}
+
+async fn write(
+    shared: &Shared,
+    mut io: BoxWrite,
+    mut outgoing: mpsc::Receiver<Outgoing>,
+    unanswered: &Unanswered,
+) -> Error {
+    let alive = match encode(&ToHub::Alive, FRAME_BYTES) {
+        Ok(frame) => frame,
+        Err(error) => return error,
+    };
+    let mut beat = tokio::time::interval(shared.heartbeat);
+    beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let broken = |e: std::io::Error| hub_lost(shared, &format!("the connection broke: {e}"));
+    loop {
+        let frame: Bytes = tokio::select! {
+            biased;
+            _ = beat.tick() => {
+                // Before the write: the lease must not count from a later moment than the hub's own clock does.
+                unanswered.lock().unwrap_or_else(PoisonError::into_inner).push_back(Instant::now());
+                alive.clone()
+            }
+            Some(next) = outgoing.recv() => match next {
+                Outgoing::Frame(frame) => frame,
+                Outgoing::Last(frame) => {
+                    if let Err(e) = async { io.write_all(&frame).await?; io.shutdown().await }.await {
+                        return broken(e);
+                    }
+                    // The hub closes its half in answer, which ends `read`.
+                    return std::future::pending().await;
+                }
+            },
+        };
+        let written = async {
+            io.write_all(&frame).await?;
+            io.flush().await
+        };
+        if let Err(e) = written.await {
+            return broken(e);
+        }
+    }
+}
+
+async fn read(shared: &Shared, mut receiver: Receiver, unanswered: &Unanswered) -> Error {
+    let heard = receiver.heard();
+    loop {
+        let silent_at = heard.at() + shared.dead_after;
+        let message: Result<ToRank, ReceiveError> = tokio::select! {
+            // What is in the socket comes first: a process that slept has it there.
+            biased;
+            message = receiver.next() => message,
+            () = tokio::time::sleep_until(silent_at.into()) => {
+                if heard.at() + shared.dead_after <= Instant::now() {
+                    return hub_lost(shared, &format!("it was silent for {:.1?}", shared.dead_after));
+                }
+                continue;
+            }
+        };
+        match message {
+            Ok(ToRank::Alive) => {
+                let sent_at = unanswered.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+                match sent_at {
+                    Some(sent_at) => shared.renew_lease(sent_at),
+                    None => return hub_lost(shared, "it answered a heartbeat that was never sent"),
+                }
+            }
+            Ok(message) => {
+                if let Err(error) = shared.deliver(message) {
+                    return error;
+                }
+            }
+            Err(ReceiveError::Closed) => {
+                return hub_lost(shared, "rank 0 closed the connection; it has ended or was killed");
+            }
+            Err(error) => return hub_lost(shared, &error.to_string()),
+        }
+    }
+}
+
+fn hub_lost(shared: &Shared, what: &str) -> Error {
+    Error::new(ErrorKind::PeerLost, "talk to the hub", format!("the hub on rank 0 is lost: {what}"))
+        .with(Key::Peer, &shared.config.address)
+}

@@ -1,0 +1,59 @@
+//! SGLang: it has a route of its own for weights over IPC.
+
+use std::time::Instant;
+
+use async_trait::async_trait;
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+
+use super::{Engine, EngineAddress, EngineRequest, client::EngineClient};
+use crate::error::{ErrorKind, Result};
+
+const OPERATION: &str = "update SGLang";
+
+/// An SGLang server.
+#[derive(Clone, Debug)]
+pub struct SglangEngine {
+    client: EngineClient,
+}
+
+impl SglangEngine {
+    /// The server at `address`.
+    pub fn new(address: EngineAddress) -> Result<Self> {
+        Ok(Self { client: EngineClient::new("SGLang", address)? })
+    }
+}
+
+#[async_trait]
+impl Engine for SglangEngine {
+    fn name(&self) -> &'static str {
+        "sglang"
+    }
+
+    /// `/ping` answers while the server still waits for its first weights; `/health` does not.
+    async fn ready(&self, deadline: Instant) -> Result<()> {
+        self.client
+            .wait_ready(self.client.address().join("/ping"), deadline, |status| status.is_success())
+            .await
+    }
+
+    async fn update(&self, request: &EngineRequest, deadline: Instant) -> Result<()> {
+        let body = json!({
+            "zmq_handles": request.endpoints,
+            "flush_cache": true,
+            "weight_version": request.version.to_string(),
+        });
+        let url = self.client.address().join("/update_weights_from_ipc");
+        let reply = self.client.post(OPERATION, url, &body, deadline).await?;
+        let denied = reply.json().is_some_and(|answer| answer.get("success") == Some(&Value::Bool(false)));
+        match reply.status {
+            status if status.is_success() && !denied => Ok(()),
+            StatusCode::NOT_FOUND => Err(self.client.error(
+                ErrorKind::ConfigInvalid,
+                OPERATION,
+                "SGLang has no /update_weights_from_ipc (404): this version takes no weights over IPC; install a newer one",
+            )),
+            _ => Err(self.client.refused(OPERATION, &reply)),
+        }
+    }
+}
