@@ -7,12 +7,15 @@ use std::{
     sync::Arc,
 };
 
-use ckpt_core::{Error, ErrorKind, Result};
+use ckpt_core::{
+    Error, ErrorKind, Result,
+    transport::library::{LibrarySearch, Opened, python_package_folders},
+};
 
 use crate::{
     config::NcclConfig,
     error,
-    table::{Handle, function_table, open_first},
+    table::{Handle, function_table, load},
 };
 
 /// `ncclUniqueId`, passed by value.
@@ -106,21 +109,20 @@ impl fmt::Debug for Nccl {
 impl Nccl {
     /// Opens the library. An error lists every place that was tried.
     pub(crate) fn load(config: &NcclConfig) -> Result<Arc<Self>> {
-        let candidates = match &config.library {
-            Some(path) => vec![path.clone()],
-            None => candidates(&SearchPath::from_env()),
+        let search = |folders| LibrarySearch {
+            product: "NCCL",
+            names: &["libnccl.so.2", "libnccl.so"],
+            chosen: config.library.clone(),
+            variable: "CKPT_NCCL_LIBRARY",
+            folders,
+            remedy: "install it (`pip install nvidia-nccl-cu12` is enough), use --transport tcp",
         };
-        let (path, library) = open_first(&candidates).map_err(|tried| {
-            Error::new(
-                ErrorKind::Unavailable,
-                "open NCCL",
-                format!(
-                    "libnccl.so.2 cannot be opened ({tried}); install it (for example `pip install nvidia-nccl-cu12`), \
-                     set CKPT_NCCL_LIBRARY to its path, or use --transport tcp"
-                ),
-            )
+        // What the loader finds by itself comes first: LD_LIBRARY_PATH is how users choose. Then pip's wheels.
+        let by_name = LibrarySearch { names: &["libnccl.so.2"], ..search(Vec::new()) };
+        let Opened { library, path } = by_name.open(load).or_else(|_| {
+            search(python_package_folders("nvidia/nccl/lib", &|name| std::env::var(name).ok())).open(load)
         })?;
-        // SAFETY: the signatures are those of nccl.h for these names; `open_first` never unloads.
+        // SAFETY: the signatures are those of nccl.h for these names; `load` never unloads.
         let functions = unsafe { Functions::from_library(library) }.map_err(|symbol| {
             Error::new(
                 ErrorKind::Unavailable,
@@ -183,83 +185,9 @@ pub(crate) fn version_text(version: i32) -> String {
     format!("{}.{}.{}", version / 10000, version % 10000 / 100, version % 100)
 }
 
-/// What the search depends on.
-#[derive(Default)]
-struct SearchPath {
-    python_path: Vec<PathBuf>,
-    prefixes: Vec<PathBuf>,
-}
-
-impl SearchPath {
-    fn from_env() -> Self {
-        let list = |name: &str| {
-            std::env::var_os(name).map(|v| std::env::split_paths(&v).collect()).unwrap_or_default()
-        };
-        let python_path: Vec<PathBuf> = list("PYTHONPATH");
-        let mut prefixes: Vec<PathBuf> =
-            ["VIRTUAL_ENV", "CONDA_PREFIX"].iter().filter_map(std::env::var_os).map(PathBuf::from).collect();
-        // The python3 that a user would start; a virtual environment's python3 is a link to another one.
-        let paths: Vec<PathBuf> = list("PATH");
-        if let Some(found) = paths.iter().map(|dir| dir.join("python3")).find(|p| p.exists()) {
-            let mut python = found;
-            for _ in 0..8 {
-                prefixes.extend(python.parent().and_then(Path::parent).map(Path::to_path_buf));
-                let Ok(target) = std::fs::read_link(&python) else { break };
-                python = python.parent().map_or(target.clone(), |dir| dir.join(&target));
-            }
-        }
-        prefixes.extend(std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local")));
-        prefixes.extend(["/usr/local", "/usr"].map(PathBuf::from));
-        Self { python_path, prefixes }
-    }
-}
-
-/// The loader's search path first, then pip's wheels, then the name of development packages.
-fn candidates(search: &SearchPath) -> Vec<PathBuf> {
-    let mut found = vec![PathBuf::from("libnccl.so.2")];
-    let mut site_packages = search.python_path.clone();
-    for prefix in &search.prefixes {
-        let Ok(entries) = std::fs::read_dir(prefix.join("lib")) else { continue };
-        let mut versions: Vec<PathBuf> = entries
-            .flatten()
-            .filter(|entry| entry.file_name().to_string_lossy().starts_with("python3"))
-            .map(|entry| entry.path())
-            .collect();
-        versions.sort();
-        for version in versions {
-            site_packages.extend([version.join("site-packages"), version.join("dist-packages")]);
-        }
-    }
-    for site in site_packages {
-        let library = site.join("nvidia/nccl/lib/libnccl.so.2");
-        if library.exists() && !found.contains(&library) {
-            found.push(library);
-        }
-    }
-    found.push(PathBuf::from("libnccl.so"));
-    found
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn wheels_are_found_below_any_prefix_and_each_is_tried_once() {
-        let root = tempfile::tempdir().unwrap();
-        let site = root.path().join("lib/python3.12/site-packages");
-        let library = site.join("nvidia/nccl/lib/libnccl.so.2");
-        std::fs::create_dir_all(library.parent().unwrap()).unwrap();
-        std::fs::write(&library, "").unwrap();
-        let search = SearchPath {
-            python_path: vec![site, root.path().join("absent")],
-            prefixes: vec![root.path().to_path_buf(), root.path().join("absent")],
-        };
-        assert_eq!(
-            candidates(&search),
-            [PathBuf::from("libnccl.so.2"), library, PathBuf::from("libnccl.so")]
-        );
-    }
 
     #[test]
     fn a_library_that_is_not_nccl_is_named_with_what_it_lacks() {

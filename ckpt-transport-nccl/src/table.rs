@@ -43,31 +43,12 @@ macro_rules! function_table {
 
 pub(crate) use function_table;
 
-/// Opens the first of `candidates` that can be opened, for ever: the libraries in question start threads and keep
-/// state that does not survive an unload. The error lists every attempt.
-pub(crate) fn open_first(
-    candidates: &[std::path::PathBuf],
-) -> Result<(std::path::PathBuf, &'static libloading::Library), String> {
-    let mut tried = Vec::new();
-    for candidate in candidates {
-        // SAFETY: the initializers of vendors' libraries that a user asked for; nothing is called yet.
-        match unsafe { libloading::Library::new(candidate) } {
-            Ok(library) => return Ok((candidate.clone(), Box::leak(Box::new(library)))),
-            Err(error) => tried.push(format!("{}: {}", candidate.display(), reason(&error))),
-        }
-    }
-    Err(tried.join("; "))
-}
-
-/// The loader's own text; libloading's `Display` leaves it out or repeats the path.
-fn reason(error: &libloading::Error) -> String {
-    match error {
-        libloading::Error::DlOpen { source, .. } => {
-            let text = source.to_string();
-            let file = text.split(':').next().unwrap_or_default();
-            let text = text.strip_prefix(file).map_or(text.as_str(), |rest| rest.trim_start_matches(": "));
-            text.to_owned()
-        }
-        other => other.to_string(),
+/// A loader for [`ckpt_core::transport::library::LibrarySearch::open`] that never unloads: the libraries in question
+/// start threads and keep state that does not survive it.
+pub(crate) fn load(file: &std::ffi::OsStr) -> Result<&'static libloading::Library, String> {
+    // SAFETY: the initializers of vendors' libraries that a user asked for; nothing is called yet.
+    match unsafe { libloading::Library::new(file) } {
+        Ok(library) => Ok(Box::leak(Box::new(library))),
+        Err(error) => Err(ckpt_core::transport::library::loader_reason(&error)),
     }
 }

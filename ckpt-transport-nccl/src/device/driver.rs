@@ -7,11 +7,14 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use ckpt_core::{Error, ErrorKind, Result};
+use ckpt_core::{
+    Error, ErrorKind, Result,
+    transport::library::{LibrarySearch, Opened},
+};
 
 use crate::{
     error,
-    table::{Handle, function_table, open_first},
+    table::{Handle, function_table, load},
 };
 
 /// `CUipcMemHandle`, passed by value.
@@ -103,23 +106,16 @@ impl fmt::Debug for Driver {
 impl Driver {
     /// Opens `libcuda.so.1` and starts the driver. An error says what is missing.
     pub fn load() -> Result<Arc<Self>> {
-        let names = [
-            "libcuda.so.1",
-            "libcuda.so",
-            "/usr/local/nvidia/lib64/libcuda.so.1",
-            "/usr/lib/wsl/lib/libcuda.so.1",
-        ];
-        let candidates = names.map(PathBuf::from);
-        let (path, library) = open_first(&candidates).map_err(|tried| {
-            Error::new(
-                ErrorKind::Unavailable,
-                "open the CUDA driver",
-                format!(
-                    "libcuda.so.1 cannot be opened ({tried}); install NVIDIA's driver, or use --device host"
-                ),
-            )
-        })?;
-        // SAFETY: the signatures are those of cuda.h for these names; `open_first` never unloads.
+        let search = LibrarySearch {
+            product: "NVIDIA's CUDA driver",
+            names: &["libcuda.so.1", "libcuda.so"],
+            chosen: std::env::var_os("CKPT_CUDA_LIBRARY").map(PathBuf::from),
+            variable: "CKPT_CUDA_LIBRARY",
+            folders: ["/usr/local/nvidia/lib64", "/usr/lib/wsl/lib"].map(PathBuf::from).to_vec(),
+            remedy: "install the driver, use --device host",
+        };
+        let Opened { library, path } = search.open(load)?;
+        // SAFETY: the signatures are those of cuda.h for these names; `load` never unloads.
         let functions = unsafe { Functions::from_library(library) }.map_err(|symbol| {
             Error::new(
                 ErrorKind::Unavailable,
