@@ -19,7 +19,10 @@ use std::{
 };
 
 use anyhow::Context as _;
-use ckpt_core::{device::host::HostProvider, transport::Registry};
+use ckpt_core::{
+    device::host::HostProvider,
+    transport::{Registry, local::LocalProvider, tcp::TcpProvider},
+};
 use clap::Parser;
 pub use exit::Exit;
 pub use output::{Output, Table, format_bytes};
@@ -55,6 +58,8 @@ pub fn registry() -> Registry {
         registry.add_transport(MooncakeProvider::new(MooncakeConfig::from_env(&env)));
     }
     registry.add_device(HostProvider);
+    registry.add_transport(LocalProvider::default());
+    registry.add_transport(TcpProvider);
     registry
 }
 
@@ -80,6 +85,9 @@ pub(crate) struct Context {
     pub(crate) output: Output,
 }
 
+/// The heading of the options that every command has.
+pub(crate) const GLOBAL: &str = "Output";
+
 #[derive(Parser)]
 #[command(
     name = "ckpt",
@@ -91,7 +99,7 @@ pub(crate) struct Context {
 )]
 struct Cli {
     /// Print one JSON object as the last line of stdout, and errors as one too
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = GLOBAL)]
     json: bool,
     #[command(flatten)]
     logging: logging::LoggingArgs,
