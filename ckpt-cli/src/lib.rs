@@ -87,6 +87,9 @@ pub(crate) struct Context {
     pub(crate) output: Output,
 }
 
+/// The heading of the options that every command has.
+pub(crate) const GLOBAL: &str = "Output";
+
 #[derive(Parser)]
 #[command(
     name = "ckpt",
@@ -98,7 +101,7 @@ pub(crate) struct Context {
 )]
 struct Cli {
     /// Print one JSON object as the last line of stdout, and errors as one too
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = GLOBAL)]
     json: bool,
     #[command(flatten)]
     logging: logging::LoggingArgs,
