@@ -1,4 +1,5 @@
 //! The laws of a plan, on random manifests.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod plan_common;
 
@@ -151,7 +152,7 @@ fn expected_tensors(manifest: &Manifest) -> BTreeMap<Arc<str>, Vec<u8>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_plan_keeps_the_laws(

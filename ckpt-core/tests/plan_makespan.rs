@@ -38,15 +38,15 @@ fn a_broadcast_comes_near_the_host_links_rate() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn pulls_keep_the_links_busy(
-        sizes in prop::collection::vec((100_u64..600, 1_u64..256), 1..9),
+        sizes in prop::collection::vec((100_u64..600, 1_u64..64), 1..9),
         count in 1_u32..7,
     ) {
         let manifest = plan_common::manifest((0_u32..).zip(&sizes).map(|(rank, (total, tensor))| {
-            let count = (total * 10).div_ceil(*tensor);
+            let count = (total * 40).div_ceil(*tensor);
             let metas = (0..count).map(|i| plan_common::bytes_meta(format!("{rank}.{i}"), (tensor / 2 + i % tensor + 1) * MIB));
             (rank, vec![plan_common::arena(metas)])
         }));
@@ -58,6 +58,7 @@ proptest! {
         let bound = largest.max(total / f64::from(count)) / rate;
         let seconds = pull_seconds(&made, rate);
         println!("{} senders, {count} receivers: {:.3} of the bound {bound:.3} s", sizes.len(), seconds / bound);
-        prop_assert!(seconds <= bound * 1.5, "{:.3} of the bound", seconds / bound);
+        // Mostly 1.00 to 1.05; worst, with fill and drain of the ring, where senders and receivers are equally short.
+        prop_assert!(seconds <= bound * 1.25, "{:.3} of the bound", seconds / bound);
     }
 }
