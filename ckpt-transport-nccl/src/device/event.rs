@@ -25,7 +25,7 @@ use ckpt_core::{
 use tokio::sync::Notify;
 
 use super::driver::{Bound, Context, Functions};
-use crate::{error::CUDA_NOT_READY, table::Handle};
+use crate::{error::CUDA_NOT_READY, pause::Pause, table::Handle};
 
 /// A `CUevent` without timing.
 pub(crate) struct RawEvent {
@@ -91,6 +91,31 @@ impl fmt::Debug for CudaEvent {
     }
 }
 
+impl CudaEvent {
+    /// [`EventState::done`] for a thread that may block.
+    pub fn wait(&self, deadline: Instant) -> Result<()> {
+        let _interest = self.poller.shared.interest();
+        let mut pause = Pause::default();
+        loop {
+            if let Some(result) = self.completion.result.get() {
+                return result.clone();
+            }
+            if Instant::now() >= deadline {
+                return Err(too_late());
+            }
+            pause.take();
+        }
+    }
+}
+
+fn too_late() -> Error {
+    Error::new(
+        ErrorKind::Timeout,
+        "wait for a CUDA stream",
+        "the work was not done by its deadline; a peer may be dead, or the device hangs",
+    )
+}
+
 #[async_trait]
 impl EventState for CudaEvent {
     fn is_complete(&self) -> Result<bool> {
@@ -115,11 +140,7 @@ impl EventState for CudaEvent {
                 return result.clone();
             }
             if tokio::time::timeout_at(deadline.into(), changed).await.is_err() {
-                return Err(Error::new(
-                    ErrorKind::Timeout,
-                    "wait for a CUDA stream",
-                    "the work was not done by its deadline; a peer may be dead, or the device hangs",
-                ));
+                return Err(too_late());
             }
         }
     }
