@@ -13,6 +13,7 @@ pub mod error;
 pub mod manifest;
 pub mod plan;
 pub mod sink;
+pub mod testkit;
 pub mod topology;
 pub mod transport;
 pub mod types;
