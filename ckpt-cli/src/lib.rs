@@ -8,8 +8,10 @@
 mod command;
 mod exit;
 mod failure;
+mod job;
 mod logging;
 mod output;
+mod progress;
 
 use std::{
     ffi::OsString,

@@ -13,7 +13,7 @@ use std::{
 };
 
 use self::{
-    attempt::{Attempt, Stage, is_symptom, join_ranks, name_ranks},
+    attempt::{Attempt, Stage, is_echo, is_symptom, join_ranks, name_ranks},
     gather::Gathers,
 };
 use super::{Hello, Joining, Member, ToHub, ToRank};
@@ -325,8 +325,9 @@ impl HubMachine {
                     return self.send(rank, ToRank::Abort { epoch: None, cause });
                 }
                 if let Err(cause) = there.agrees_with(rank, &joining, &ranks) {
-                    self.attempts[index].joined.insert(rank, joining);
-                    return self.abort(index, cause);
+                    // All callers should hear of it: the last ones are on their way.
+                    let until = now.saturating_add(self.patience());
+                    self.attempts[index].suspect.get_or_insert((cause, until));
                 }
                 index
             }
@@ -337,7 +338,10 @@ impl HubMachine {
             return self.abort(index, cause);
         }
         if self.attempts[index].joined.len() == self.attempts[index].ranks.len() {
-            self.begin(index, now);
+            match self.attempts[index].suspect.take() {
+                None => self.begin(index, now),
+                Some((cause, _)) => self.abort(index, cause),
+            }
         }
     }
 
@@ -480,16 +484,21 @@ impl HubMachine {
         };
         let Some(index) = index else { return };
         let cause = self.with_culprit(rank, cause);
-        let wait = self.config.deadlines.heartbeat.min(self.config.deadlines.dead_after / 2);
-        let waits = is_symptom(&cause) && self.keeps(Rule::HubSymptomsWait);
+        let until = now.saturating_add(self.patience());
         let attempt = &mut self.attempts[index];
+        let waits = is_symptom(&cause) || (attempt.suspect.is_some() && is_echo(&cause));
         if attempt.stage == Stage::Committed {
             attempt.failure.get_or_insert(cause);
-        } else if waits {
-            attempt.suspect.get_or_insert((cause, now.saturating_add(wait)));
+        } else if waits && self.keeps(Rule::HubSymptomsWait) {
+            self.attempts[index].suspect.get_or_insert((cause, until));
         } else {
             self.abort(index, cause);
         }
+    }
+
+    /// How long a symptom waits for its cause.
+    fn patience(&self) -> Duration {
+        self.config.deadlines.heartbeat.min(self.config.deadlines.dead_after / 2)
     }
 
     /// Adds rank, host and pid of whoever is to blame: the rank that the error names, else its sender.

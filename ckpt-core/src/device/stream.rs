@@ -49,11 +49,20 @@ pub trait HostStream: Send + Sync {
 pub struct HostJob {
     /// For traces: `h2d`, `broadcast`.
     pub label: &'static str,
-    /// Every range that the work may write. The adversarial host device fills them with garbage when the work was
-    /// aborted, as an accelerator may.
-    pub writes: Vec<BufferSlice>,
+    /// What the adversarial host device makes of it when it is aborted.
+    pub on_abort: OnAbort,
     /// The work. It must end by itself (by its own deadline or by abort).
     pub run: BoxFuture<'static, Result<()>>,
+}
+
+/// How work may end that was aborted or lost its peer.
+#[derive(Clone, Debug)]
+pub enum OnAbort {
+    /// Its event fails.
+    Fails,
+    /// As on an accelerator, its event may succeed over garbage in these ranges: whoever waits must then look whether
+    /// the communicator was poisoned.
+    MaySucceed(Vec<BufferSlice>),
 }
 
 impl fmt::Debug for HostJob {

@@ -177,3 +177,8 @@ pub(super) fn is_symptom(cause: &Error) -> bool {
             && cause.get(Key::Peer).is_some()
             && cause.get(Key::Worker).is_none())
 }
+
+/// An engine whose worker was made to raise answers with an error: no news once a rank has reported something.
+pub(super) fn is_echo(cause: &Error) -> bool {
+    cause.get(Key::Endpoint).is_some() && cause.get(Key::Worker).is_none()
+}

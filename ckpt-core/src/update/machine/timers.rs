@@ -129,6 +129,7 @@ impl UpdateMachine {
                 let committed = self.committed.unwrap_or(self.since);
                 let limit = close_after(d).saturating_add(slack.saturating_mul(2));
                 all[2] = Some((committed.saturating_add(limit), Overdue::Close));
+                all[0] = self.keeps(Rule::Lease).then(|| (self.lease_end(), Overdue::Close));
             }
             Stage::Failing => all[2] = Some((after(d.abort.saturating_add(slack)), Overdue::Failing)),
             Stage::Ended => {}
