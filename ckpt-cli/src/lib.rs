@@ -38,6 +38,8 @@ pub fn registry() -> Registry {
     #[allow(unused_variables, reason = "only native backends have variables, and a build may have none")]
     let env = |name: &str| std::env::var(name).ok();
     let mut registry = Registry::default();
+    #[cfg(feature = "nccl")]
+    ckpt_transport_nccl::register(&mut registry);
     #[cfg(feature = "hccl")]
     {
         use ckpt_transport_hccl::{AscendProvider, HcclConfig, HcclProvider};
