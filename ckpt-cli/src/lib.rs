@@ -8,8 +8,10 @@
 mod command;
 mod exit;
 mod failure;
+mod job;
 mod logging;
 mod output;
+mod progress;
 
 use std::{
     ffi::OsString,
@@ -19,7 +21,10 @@ use std::{
 };
 
 use anyhow::Context as _;
-use ckpt_core::transport::Registry;
+use ckpt_core::{
+    device::host::HostProvider,
+    transport::{Registry, local::LocalProvider, tcp::TcpProvider},
+};
 use clap::Parser;
 pub use exit::Exit;
 pub use output::{Output, Table, format_bytes};
@@ -30,39 +35,36 @@ pub use output::{Output, Table, format_bytes};
 /// host, native transports before portable ones; `local` refuses ranks in other processes, so `tcp` is the last resort
 /// that always works.
 pub fn registry() -> Registry {
-    let registry = Registry::default();
-    #[cfg(any(feature = "nccl", feature = "hccl", feature = "mooncake", feature = "rdma"))]
-    let registry = {
-        let mut registry = registry;
-        add_native(&mut registry, &|name| std::env::var(name).ok());
-        registry
-    };
-    registry
-}
-
-#[cfg(any(feature = "nccl", feature = "hccl", feature = "mooncake", feature = "rdma"))]
-fn add_native(registry: &mut Registry, env: &dyn Fn(&str) -> Option<String>) {
+    #[allow(unused_variables, reason = "only native backends have variables, and a build may have none")]
+    let env = |name: &str| std::env::var(name).ok();
+    let mut registry = Registry::default();
+    #[cfg(feature = "nccl")]
+    ckpt_transport_nccl::register(&mut registry);
     #[cfg(feature = "hccl")]
     {
         use ckpt_transport_hccl::{AscendProvider, HcclConfig, HcclProvider};
-        registry.add_device(AscendProvider::new(HcclConfig::from_env(env)));
-        registry.add_transport(HcclProvider::new(HcclConfig::from_env(env)));
+        registry.add_device(AscendProvider::new(HcclConfig::from_env(&env)));
+        registry.add_transport(HcclProvider::new(HcclConfig::from_env(&env)));
     }
     #[cfg(feature = "rdma")]
     {
         use ckpt_transport_rdma::{RdmaConfig, RdmaProvider};
-        registry.add_transport(RdmaProvider::new(RdmaConfig::from_env(env)));
+        registry.add_transport(RdmaProvider::new(RdmaConfig::from_env(&env)));
     }
     #[cfg(feature = "ucx")]
     {
         use ckpt_transport_rdma::{RdmaConfig, UcxProvider};
-        registry.add_transport(UcxProvider::new(RdmaConfig::from_env(env)));
+        registry.add_transport(UcxProvider::new(RdmaConfig::from_env(&env)));
     }
     #[cfg(feature = "mooncake")]
     {
         use ckpt_transport_mooncake::{MooncakeConfig, MooncakeProvider};
-        registry.add_transport(MooncakeProvider::new(MooncakeConfig::from_env(env)));
+        registry.add_transport(MooncakeProvider::new(MooncakeConfig::from_env(&env)));
     }
+    registry.add_device(HostProvider);
+    registry.add_transport(LocalProvider::default());
+    registry.add_transport(TcpProvider);
+    registry
 }
 
 /// The cargo features that this build has.
@@ -87,6 +89,9 @@ pub(crate) struct Context {
     pub(crate) output: Output,
 }
 
+/// The heading of the options that every command has.
+pub(crate) const GLOBAL: &str = "Output";
+
 #[derive(Parser)]
 #[command(
     name = "ckpt",
@@ -98,7 +103,7 @@ pub(crate) struct Context {
 )]
 struct Cli {
     /// Print one JSON object as the last line of stdout, and errors as one too
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = GLOBAL)]
     json: bool,
     #[command(flatten)]
     logging: logging::LoggingArgs,

@@ -5,13 +5,16 @@
 //! machine ([`update`]) and one control plane ([`control`]). `docs/ARCHITECTURE.md` shows the life of one bucket.
 
 pub mod checkpoint;
+pub mod cluster;
 pub mod control;
 pub mod deadlines;
 pub mod device;
 pub mod engine;
 pub mod error;
 pub mod manifest;
+pub mod metas;
 pub mod plan;
+pub mod server;
 pub mod sink;
 pub mod testkit;
 pub mod topology;

@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path, process::ExitCode};
 
-use ckpt_core::transport::Probe;
+use ckpt_core::{device::runtime_dir, transport::Probe};
 use clap::Args;
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
@@ -16,7 +16,8 @@ Examples:
   ckpt doctor
   ckpt doctor --json | jq '.transports[] | select(.available)'
 
-A transport or device that is not available is no error. The exit code is 1 if a check under `system` has failed.")]
+A transport or device that is not available is no error. The exit code is 1 if a check under
+`system` has failed.")]
 pub(crate) struct DoctorArgs {}
 
 #[derive(Serialize)]
@@ -57,7 +58,7 @@ pub(crate) async fn run(_args: DoctorArgs, context: &Context) -> anyhow::Result<
     let report = tokio::task::block_in_place(|| {
         let devices = registry.devices().map(|d| backend(d.kind(), d.probe())).collect();
         let transports = registry.transports().map(|t| backend(t.name(), t.probe())).collect();
-        let system = vec![kernel(), shared_memory(), memory_lock(), open_files()];
+        let system = vec![kernel(), runtime_folder(), shared_memory(), memory_lock(), open_files()];
         let healthy = system.iter().all(|check| check.verdict != Verdict::Failed);
         Report {
             version: env!("CARGO_PKG_VERSION"),
@@ -116,6 +117,15 @@ fn kernel() -> Check {
     );
     let verdict = if cfg!(target_os = "linux") { Verdict::Ok } else { Verdict::Warning };
     Check { name: "kernel", verdict, detail }
+}
+
+/// Sockets and shared-memory files go there; nothing works without it.
+fn runtime_folder() -> Check {
+    let (verdict, detail) = match runtime_dir() {
+        Ok(path) => (Verdict::Ok, path.display().to_string()),
+        Err(error) => (Verdict::Failed, error.to_string()),
+    };
+    Check { name: "runtime folder", verdict, detail }
 }
 
 /// Checkpoints that trainers leave in /dev/shm are registered in place; a container's default is 64 MiB.

@@ -1,6 +1,10 @@
 //! The commands. A new one is a file here, a `mod` line and a line in the list below.
 
+mod demo;
 mod doctor;
+mod launch;
+mod update;
+mod worker;
 
 use std::process::ExitCode;
 
@@ -24,5 +28,9 @@ macro_rules! commands {
 }
 
 commands! {
+    Demo(demo::DemoArgs),
+    Update(update::UpdateArgs),
     Doctor(doctor::DoctorArgs),
+    Launch(launch::LaunchArgs),
+    Worker(worker::WorkerArgs),
 }

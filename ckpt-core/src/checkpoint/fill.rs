@@ -72,13 +72,21 @@ struct Filler<'a> {
     first_error: Mutex<Option<Error>>,
 }
 
-/// Fills the arenas of `placement`. Returns the pinned buffers and the digests, in the share's order.
+/// Arenas that hold their bytes.
+pub(super) struct Filled {
+    /// The arenas' memory.
+    pub pinned: Vec<Arc<dyn Buffer>>,
+    /// One per tensor, in the share's order; zeros where none were asked for.
+    pub digests: Vec<u64>,
+}
+
+/// Fills and pins the arenas of `placement`.
 pub(super) fn fill(
     source: &CheckpointSource,
     placement: &Placement,
     lease: &Lease,
     options: &LoadOptions,
-) -> Result<(Vec<Arc<dyn Buffer>>, Vec<u64>)> {
+) -> Result<Filled> {
     let threads = match options.threads {
         0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
         n => n,
@@ -135,7 +143,7 @@ pub(super) fn fill(
         let state = filler.arenas[arena].pinned.lock().unwrap_or_else(PoisonError::into_inner);
         pinned.extend(state.clone());
     }
-    Ok((pinned, filler.slots.into_iter().map(|s| s.digest.into_inner()).collect()))
+    Ok(Filled { pinned, digests: filler.slots.into_iter().map(|s| s.digest.into_inner()).collect() })
 }
 
 impl Filler<'_> {
@@ -213,11 +221,10 @@ impl Filler<'_> {
                     progress.advance(part.len);
                 }
                 if done == whole.len {
-                    if let (Some(algorithm), true) = (self.digests, part.len < whole.len) {
-                        if whole.len == slot.tensor.meta.len_bytes() {
-                            let finished = running.replace(Running::new(algorithm));
-                            slot.digest.store(finished.map_or(0, |r| r.finish()), Ordering::Relaxed);
-                        }
+                    let in_parts = part.len < whole.len && whole.len == slot.tensor.meta.len_bytes();
+                    if let (Some(algorithm), true) = (self.digests, in_parts) {
+                        let finished = running.replace(Running::new(algorithm));
+                        slot.digest.store(finished.map_or(0, |r| r.finish()), Ordering::Relaxed);
                     }
                     self.finish(whole)?;
                     piece += 1;
@@ -305,12 +312,11 @@ impl Filler<'_> {
             unsafe { slice.as_mut_slice() }?.fill(0);
         }
         // Release what this thread wrote, acquire what the others did.
-        if slot.left.fetch_sub(1, Ordering::AcqRel) == 1 && piece.len < len {
-            if let Some(algorithm) = self.digests {
-                let slice = self.arena(slot.arena)?.slice(slot.offset..slot.offset + len)?;
-                // SAFETY: all pieces of the tensor are filled, and nobody writes them again.
-                slot.digest.store(algorithm.digest(unsafe { slice.as_slice() }?), Ordering::Relaxed);
-            }
+        let last = slot.left.fetch_sub(1, Ordering::AcqRel) == 1;
+        if let (Some(algorithm), true) = (self.digests, last && piece.len < len) {
+            let slice = self.arena(slot.arena)?.slice(slot.offset..slot.offset + len)?;
+            // SAFETY: all pieces of the tensor are filled, and nobody writes them again.
+            slot.digest.store(algorithm.digest(unsafe { slice.as_slice() }?), Ordering::Relaxed);
         }
         if self.arenas[slot.arena].left.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.pin(slot.arena)?;

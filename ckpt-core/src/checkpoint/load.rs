@@ -12,7 +12,7 @@ use rustix::fs::Advice;
 
 use super::{
     digest::{DigestAlgorithm, Digests},
-    fill::fill,
+    fill::{Filled, fill},
     memory::file_error,
     place::{Placement, place},
     pool::{Lease, Pool, PoolMemory},
@@ -154,7 +154,7 @@ pub fn load(
     advise(source, range, &placement);
     let filled = fill(source, &placement, &lease, options);
     let Placement { share, arenas, order: _, spare, in_place, files: _ } = placement;
-    let (pinned, digests) = match filled {
+    let Filled { pinned, digests } = match filled {
         Ok(filled) => filled,
         Err(e) => {
             let old = arenas.into_iter().filter(|a| a.pinned && a.mapped.is_none()).map(|a| a.buffer);

@@ -172,9 +172,9 @@ fn place_packed(
         arena_of[block] = placement.arenas.len();
         placement.arenas.push(ArenaMemory { buffer, pinned: true, mapped: None });
     }
-    for block in capacities.len()..packing.used.len() {
-        arena_of[block] = placement.arenas.len();
-        let buffer = lease.allocate(packing.used[block])?;
+    for (arena, used) in arena_of.iter_mut().zip(&packing.used).skip(capacities.len()) {
+        *arena = placement.arenas.len();
+        let buffer = lease.allocate(*used)?;
         placement.arenas.push(ArenaMemory { buffer, pinned: false, mapped: None });
     }
     let mut arenas = vec![Arena::default(); placement.arenas.len()];

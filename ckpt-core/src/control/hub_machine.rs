@@ -1,13 +1,29 @@
 //! The hub's side of all updates and gathers, without I/O.
+//!
+//! The hub only counts agreements: it never sees a byte of weights. One attempt sends each of its callers exactly one
+//! last word, `Abort` or `Closed`, so a rank that has heard it can call again without hearing of the old attempt.
 
-use std::time::Duration;
+mod attempt;
+mod fingerprint;
+mod gather;
+#[cfg(test)]
+mod tests;
 
-use super::{Hello, ToHub, ToRank};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    time::Duration,
+};
+
+use self::{
+    attempt::{Attempt, Stage, is_echo, is_symptom, join_ranks, name_ranks},
+    gather::Gathers,
+};
+use super::{Hello, Joining, Member, ToHub, ToRank};
 use crate::{
     deadlines::Deadlines,
-    error::{Error, Result},
+    error::{Error, ErrorKind, Key, Recovery, Result},
     types::{Epoch, Rank, Version},
-    update::Rule,
+    update::{Rule, close_after},
 };
 
 /// What a hub must know before it starts.
@@ -57,64 +73,553 @@ pub struct AttemptStatus {
     pub stage: &'static str,
 }
 
+/// What the hub knows of a rank's session.
+#[derive(Clone, Debug)]
+struct Session {
+    host: String,
+    pid: u32,
+    heard: Duration,
+}
+
+#[derive(Clone, Debug, Default)]
+struct RankState {
+    session: Option<Session>,
+    /// Its last session's end, until it comes back.
+    lost: Option<Error>,
+    /// Host and process of its last session.
+    was: Option<(String, u32)>,
+}
+
 /// The hub, as a pure state machine for `world_size` ranks.
 #[derive(Clone, Debug)]
 pub struct HubMachine {
     config: HubConfig,
+    ranks: Vec<RankState>,
+    attempts: Vec<Attempt>,
+    gathers: Gathers,
+    last_epoch: Epoch,
+    out: VecDeque<(Rank, ToRank)>,
+    close: VecDeque<Rank>,
+    /// The time of the last call.
+    clock: Duration,
 }
 
 impl HubMachine {
     /// A hub that nobody has connected to.
     pub fn new(config: HubConfig) -> Self {
-        Self { config }
+        let ranks = vec![RankState::default(); config.world_size as usize];
+        Self {
+            config,
+            ranks,
+            attempts: Vec::new(),
+            gathers: Gathers::default(),
+            last_epoch: Epoch(0),
+            out: VecDeque::new(),
+            close: VecDeque::new(),
+            clock: Duration::ZERO,
+        }
     }
 
     /// A session said hello; job, token and protocol version were checked by the caller. On `Ok` a
     /// [`ToRank::Welcome`] is queued; on `Err` the caller answers [`ToRank::Refused`] and closes that connection,
     /// and must not report its end with [`HubMachine::disconnected`].
     pub fn connected(&mut self, rank: Rank, hello: Hello, now: Duration) -> Result<()> {
-        let _ = (rank, hello, now, &self.config);
+        self.tick(now);
+        let refuse = |text: String| {
+            Err(Error::new(ErrorKind::ConfigInvalid, "connect to the hub", text)
+                .with(Key::Rank, rank)
+                .with(Key::Host, &hello.host)
+                .with(Key::Pid, hello.pid))
+        };
+        let world_size = self.config.world_size;
+        if hello.world_size != world_size {
+            return refuse(format!(
+                "this rank was started with {} ranks and the hub with {world_size}; check WORLD_SIZE",
+                hello.world_size
+            ));
+        }
+        let Some(state) = self.ranks.get_mut(rank as usize) else {
+            return refuse(format!("there is no rank {rank} in a job of {world_size}; check RANK"));
+        };
+        if let Some(live) = &state.session {
+            return refuse(format!(
+                "rank {rank} is already here (host {}, pid {}); check that no two processes have the same RANK, and \
+                 end the other one if it is left over",
+                live.host, live.pid
+            ));
+        }
+        state.lost = None;
+        state.was = Some((hello.host.clone(), hello.pid));
+        state.session = Some(Session { host: hello.host, pid: hello.pid, heard: now });
+        let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
+        let d = &self.config.deadlines;
+        let welcome =
+            ToRank::Welcome { heartbeat_ms: millis(d.heartbeat), dead_after_ms: millis(d.dead_after) };
+        self.send(rank, welcome);
         Ok(())
     }
 
     /// The rank's session ended. Harmless for a rank that has none.
     pub fn disconnected(&mut self, rank: Rank, cause: Error, now: Duration) {
-        let _ = (rank, cause, now);
+        self.tick(now);
+        self.lose(rank, "its session ended", Some(cause), now);
     }
 
     /// A message of a connected rank.
     pub fn handle(&mut self, rank: Rank, message: ToHub, now: Duration) {
-        let _ = (rank, message, now);
+        self.tick(now);
+        let Some(session) = self.ranks.get_mut(rank as usize).and_then(|r| r.session.as_mut()) else {
+            return;
+        };
+        session.heard = now;
+        match message {
+            ToHub::Hello(_) => {}
+            ToHub::Alive => self.send(rank, ToRank::Alive),
+            ToHub::Gather { name, part } => self.gather(rank, name, part, now),
+            ToHub::Join(joining) => self.join(rank, joining, now),
+            ToHub::Ready { epoch, plan_digest } => self.ready(rank, epoch, plan_digest),
+            ToHub::Opened { epoch } => self.opened(rank, epoch),
+            ToHub::Loaded { epoch } => self.loaded(rank, epoch, now),
+            ToHub::Finished { epoch, failure } => self.finished(rank, epoch, failure),
+            ToHub::Failed { epoch, cause } => self.failed(rank, epoch, cause, now),
+            ToHub::Bye => {
+                self.lose(rank, "it left the job", None, now);
+                self.close.push_back(rank);
+            }
+        }
     }
 
     /// The next message to send. Call until `None` after every other call.
     pub fn poll_message(&mut self) -> Option<(Rank, ToRank)> {
-        None
+        self.out.pop_front()
     }
 
-    /// A rank whose session must be closed (silent for too long, or said [`ToHub::Bye`]), after its messages were
-    /// sent. It counts as disconnected already.
+    /// A rank whose session must be closed (silent for too long, or said [`ToHub::Bye`]). It counts as disconnected
+    /// already: its end must not be reported again once a new session of that rank was accepted.
     pub fn poll_close(&mut self) -> Option<Rank> {
-        None
+        self.close.pop_front()
     }
 
     /// When [`HubMachine::handle_timeout`] must be called next.
     pub fn poll_timeout(&self) -> Option<Duration> {
-        None
+        let d = &self.config.deadlines;
+        let heard = self.ranks.iter().filter_map(|r| r.session.as_ref()).map(|s| s.heard).min();
+        let silent = heard.filter(|_| self.keeps(Rule::HubSilentIsDead)).map(|heard| {
+            // At least this often, so that a longer gap between two calls means that this process was stopped.
+            let often = self.clock.saturating_add(d.heartbeat.min(d.dead_after / 4));
+            heard.saturating_add(d.dead_after).min(often)
+        });
+        let gathers = self.gathers.pending.values().map(|g| g.since.saturating_add(d.join));
+        let attempts = self.attempts.iter().map(|a| self.attempt_ends(a));
+        gathers.chain(attempts).chain(silent).min()
     }
 
     /// Ends what is overdue.
     pub fn handle_timeout(&mut self, now: Duration) {
-        let _ = now;
+        self.tick(now);
+        if self.keeps(Rule::HubSilentIsDead) {
+            let limit = self.config.deadlines.dead_after;
+            for rank in self.all_ranks() {
+                let session = self.ranks[rank as usize].session.as_ref();
+                if session.is_some_and(|s| s.heard.saturating_add(limit) <= now) {
+                    let what = format!("it was silent for {} s", limit.as_secs_f64());
+                    self.lose(rank, &what, None, now);
+                    self.close.push_back(rank);
+                }
+            }
+        }
+        self.fail_late_gathers(now);
+        let mut index = 0;
+        while index < self.attempts.len() {
+            if self.attempt_ends(&self.attempts[index]) <= now {
+                self.end_overdue(index);
+            } else {
+                index += 1;
+            }
+        }
     }
 
     /// All ranks of the job, ascending.
     pub fn members(&self) -> Vec<RankStatus> {
-        Vec::new()
+        let status = |(rank, state): (Rank, &RankState)| RankStatus {
+            rank,
+            connected: state.session.is_some(),
+            host: state.was.as_ref().map(|(host, _)| host.clone()),
+            pid: state.was.as_ref().map(|(_, pid)| *pid),
+        };
+        (0..).zip(&self.ranks).map(status).collect()
     }
 
     /// The updates under way.
     pub fn attempts(&self) -> Vec<AttemptStatus> {
-        Vec::new()
+        let status = |a: &Attempt| AttemptStatus {
+            epoch: a.epoch,
+            checkpoint: a.checkpoint.clone(),
+            version: a.version,
+            ranks: a.ranks.clone(),
+            stage: a.stage.as_str(),
+        };
+        self.attempts.iter().map(status).collect()
+    }
+
+    fn keeps(&self, rule: Rule) -> bool {
+        self.config.skip != Some(rule)
+    }
+
+    fn all_ranks(&self) -> std::ops::Range<Rank> {
+        0..self.config.world_size
+    }
+
+    fn is_connected(&self, rank: Rank) -> bool {
+        self.ranks.get(rank as usize).is_some_and(|r| r.session.is_some())
+    }
+
+    fn send(&mut self, rank: Rank, message: ToRank) {
+        if self.is_connected(rank) {
+            self.out.push_back((rank, message));
+        }
+    }
+
+    fn send_members(&mut self, index: usize, message: &ToRank) {
+        for rank in self.attempts[index].ranks.clone() {
+            self.send(rank, message.clone());
+        }
+    }
+
+    /// A hub that was stopped itself has heard nobody: that silence is not the ranks'. Being late to call a rank dead
+    /// is safe, since a rank fences itself by its own clock.
+    fn tick(&mut self, now: Duration) {
+        let gap = now.saturating_sub(self.clock);
+        if gap > self.config.deadlines.dead_after / 2 {
+            for session in self.ranks.iter_mut().filter_map(|r| r.session.as_mut()) {
+                session.heard = session.heard.saturating_add(gap).min(now);
+            }
+        }
+        self.clock = self.clock.max(now);
+    }
+
+    // ---- joining ----
+
+    fn join(&mut self, rank: Rank, joining: Joining, now: Duration) {
+        let ranks = match self.named_ranks(rank, &joining.ranks) {
+            Ok(ranks) => ranks,
+            Err(cause) => return self.send(rank, ToRank::Abort { epoch: None, cause }),
+        };
+        let other =
+            self.attempts.iter().position(|a| a.overlaps(&ranks) && self.keeps(Rule::HubOneUpdateAtATime));
+        let index = match other {
+            None => {
+                self.attempts.push(Attempt::new(&joining, ranks, now));
+                self.attempts.len() - 1
+            }
+            Some(index) => {
+                let there = &self.attempts[index];
+                let expected = there.stage == Stage::Joining
+                    && there.ranks.contains(&rank)
+                    && !there.joined.contains_key(&rank);
+                if !expected {
+                    let text = format!(
+                        "an update is running on {}; call again when it has ended",
+                        name_ranks(
+                            &there.ranks.iter().copied().filter(|r| ranks.contains(r)).collect::<Vec<_>>()
+                        )
+                    );
+                    let cause = Error::new(ErrorKind::ConfigInvalid, "join update", text)
+                        .with(Key::Rank, rank)
+                        .recovery_is(Recovery::Retry);
+                    return self.send(rank, ToRank::Abort { epoch: None, cause });
+                }
+                if let Err(cause) = there.agrees_with(rank, &joining, &ranks) {
+                    // All callers should hear of it: the last ones are on their way.
+                    let until = now.saturating_add(self.patience());
+                    self.attempts[index].suspect.get_or_insert((cause, until));
+                }
+                index
+            }
+        };
+        self.attempts[index].joined.insert(rank, joining);
+        let lost = self.attempts[index].ranks.iter().find_map(|r| self.ranks[*r as usize].lost.clone());
+        if let Some(cause) = lost {
+            return self.abort(index, cause);
+        }
+        if self.attempts[index].joined.len() == self.attempts[index].ranks.len() {
+            match self.attempts[index].suspect.take() {
+                None => self.begin(index, now),
+                Some((cause, _)) => self.abort(index, cause),
+            }
+        }
+    }
+
+    /// The members that a caller names, ascending; empty means all.
+    fn named_ranks(&self, rank: Rank, named: &[Rank]) -> Result<Vec<Rank>> {
+        if named.is_empty() {
+            return Ok(self.all_ranks().collect());
+        }
+        let ranks: Vec<Rank> = named.iter().copied().collect::<BTreeSet<_>>().into_iter().collect();
+        let refuse = |text: String| {
+            Err(Error::new(ErrorKind::ConfigInvalid, "join update", text).with(Key::Rank, rank))
+        };
+        if let Some(foreign) = ranks.iter().find(|r| **r >= self.config.world_size) {
+            let world_size = self.config.world_size;
+            return refuse(format!(
+                "rank {foreign} is named to be updated, but the job has {world_size} ranks"
+            ));
+        }
+        if !ranks.contains(&rank) {
+            return refuse(format!(
+                "rank {rank} called update for {}, which it is not part of",
+                name_ranks(&ranks)
+            ));
+        }
+        Ok(ranks)
+    }
+
+    fn begin(&mut self, index: usize, now: Duration) {
+        let communicator = match self.attempts[index].communicator() {
+            Ok(choice) => choice,
+            Err(cause) => return self.abort(index, cause),
+        };
+        let epoch = Epoch(self.last_epoch.0 + 1);
+        self.last_epoch = epoch;
+        let attempt = &mut self.attempts[index];
+        attempt.epoch = Some(epoch);
+        attempt.stage = Stage::Preparing;
+        attempt.since = now;
+        let members: Vec<Member> = attempt
+            .joined
+            .iter()
+            .map(|(rank, joining)| {
+                let (host, pid) = self.ranks[*rank as usize].was.clone().unwrap_or_default();
+                Member {
+                    rank: *rank,
+                    host,
+                    pid,
+                    device_uuid: joining.device_uuid.clone(),
+                    endpoint: joining.endpoint.clone(),
+                    free_bytes: joining.free_bytes,
+                }
+            })
+            .collect();
+        self.send_members(index, &ToRank::Begin { epoch, members, communicator });
+    }
+
+    // ---- agreements ----
+
+    /// The running attempt of this number that `rank` is a member of.
+    fn find(&self, rank: Rank, epoch: Epoch) -> Option<usize> {
+        self.attempts.iter().position(|a| a.epoch == Some(epoch) && a.ranks.contains(&rank))
+    }
+
+    fn ready(&mut self, rank: Rank, epoch: Epoch, plan_digest: u64) {
+        let Some(index) = self.find(rank, epoch) else { return };
+        let attempt = &mut self.attempts[index];
+        if attempt.stage != Stage::Preparing {
+            return;
+        }
+        attempt.digests.insert(rank, plan_digest);
+        let complete = attempt.digests.len() == attempt.ranks.len();
+        if !complete && self.keeps(Rule::HubGoAfterAllReady) {
+            return;
+        }
+        if self.keeps(Rule::HubComparesPlans)
+            && let Err(cause) = self.attempts[index].compare_plans()
+        {
+            return self.abort(index, cause);
+        }
+        self.attempts[index].stage = Stage::Moving;
+        self.send_members(index, &ToRank::Go { epoch });
+    }
+
+    fn opened(&mut self, rank: Rank, epoch: Epoch) {
+        let Some(index) = self.find(rank, epoch) else { return };
+        let attempt = &mut self.attempts[index];
+        let is_new = attempt.opened.insert(rank);
+        if is_new && attempt.all_in(&attempt.opened) {
+            self.send_members(index, &ToRank::AllOpened { epoch });
+        }
+    }
+
+    fn loaded(&mut self, rank: Rank, epoch: Epoch, now: Duration) {
+        let Some(index) = self.find(rank, epoch) else { return };
+        let attempt = &mut self.attempts[index];
+        if attempt.stage != Stage::Moving {
+            return;
+        }
+        attempt.loaded.insert(rank);
+        let complete = attempt.all_in(&attempt.loaded);
+        let suspected = attempt.suspect.is_some() && self.keeps(Rule::HubSuspectBlocksCommit);
+        if (complete || !self.keeps(Rule::HubCommitAfterAllLoaded)) && !suspected {
+            let attempt = &mut self.attempts[index];
+            attempt.stage = Stage::Committed;
+            attempt.since = now;
+            self.send_members(index, &ToRank::Committed { epoch });
+        }
+    }
+
+    fn finished(&mut self, rank: Rank, epoch: Epoch, failure: Option<Error>) {
+        let Some(index) = self.find(rank, epoch) else { return };
+        let failure = failure.map(|f| self.with_culprit(rank, f));
+        let attempt = &mut self.attempts[index];
+        if attempt.stage != Stage::Committed {
+            return;
+        }
+        attempt.finished.insert(rank);
+        attempt.failure = attempt.failure.take().or(failure);
+        if attempt.all_in(&attempt.finished) || !self.keeps(Rule::HubCloseAfterAllFinished) {
+            self.close_attempt(index);
+        }
+    }
+
+    fn close_attempt(&mut self, index: usize) {
+        let attempt = &self.attempts[index];
+        if let Some(epoch) = attempt.epoch {
+            let failure = attempt.failure.clone();
+            self.send_members(index, &ToRank::Closed { epoch, failure });
+        }
+        self.attempts.remove(index);
+    }
+
+    // ---- failure ----
+
+    fn failed(&mut self, rank: Rank, epoch: Option<Epoch>, cause: Error, now: Duration) {
+        let index = match epoch {
+            Some(epoch) => self.find(rank, epoch),
+            // Before Begin, as far as that rank knew; only an update that it has called itself is meant.
+            None => self.attempts.iter().position(|a| a.joined.contains_key(&rank)),
+        };
+        let Some(index) = index else { return };
+        let cause = self.with_culprit(rank, cause);
+        let until = now.saturating_add(self.patience());
+        let attempt = &mut self.attempts[index];
+        let waits = is_symptom(&cause) || (attempt.suspect.is_some() && is_echo(&cause));
+        if attempt.stage == Stage::Committed {
+            attempt.failure.get_or_insert(cause);
+        } else if waits && self.keeps(Rule::HubSymptomsWait) {
+            self.attempts[index].suspect.get_or_insert((cause, until));
+        } else {
+            self.abort(index, cause);
+        }
+    }
+
+    /// How long a symptom waits for its cause.
+    fn patience(&self) -> Duration {
+        self.config.deadlines.heartbeat.min(self.config.deadlines.dead_after / 2)
+    }
+
+    /// Adds rank, host and pid of whoever is to blame: the rank that the error names, else its sender.
+    fn with_culprit(&self, sender: Rank, cause: Error) -> Error {
+        let cause = cause.with(Key::Rank, sender);
+        let named: Option<Rank> = cause.get(Key::Rank).and_then(|r| r.parse().ok());
+        match named.and_then(|r| self.ranks.get(r as usize)).and_then(|r| r.was.clone()) {
+            Some((host, pid)) => cause.with(Key::Host, host).with(Key::Pid, pid),
+            None => cause,
+        }
+    }
+
+    /// The end of an attempt that was not committed: all who called hear the same cause.
+    fn abort(&mut self, index: usize, cause: Error) {
+        let attempt = self.attempts.remove(index);
+        let cause = cause.flattened();
+        for rank in attempt.joined.keys() {
+            self.send(*rank, ToRank::Abort { epoch: attempt.epoch, cause: cause.clone() });
+        }
+    }
+
+    fn lose(&mut self, rank: Rank, what: &str, cause: Option<Error>, now: Duration) {
+        let Some(session) = self.ranks.get_mut(rank as usize).and_then(|r| r.session.take()) else { return };
+        let mut error = Error::new(
+            ErrorKind::PeerLost,
+            "update",
+            format!("rank {rank} is gone: {what}; restart it, register its checkpoint, and call again"),
+        )
+        .with(Key::Rank, rank)
+        .with(Key::Host, session.host)
+        .with(Key::Pid, session.pid);
+        if let Some(cause) = cause {
+            error = error.caused_by(cause);
+        }
+        let error = error.flattened();
+        self.ranks[rank as usize].lost = Some(error.clone());
+        self.out.retain(|(to, _)| *to != rank);
+        let mut index = 0;
+        while index < self.attempts.len() {
+            let attempt = &mut self.attempts[index];
+            if !attempt.ranks.contains(&rank) {
+                index += 1;
+            } else if attempt.stage != Stage::Committed {
+                self.abort(index, error.clone());
+            } else {
+                // A rank that had finished took nothing with it that this update still needs.
+                if attempt.finished.insert(rank) {
+                    attempt.failure.get_or_insert(error.clone());
+                }
+                if attempt.all_in(&attempt.finished) {
+                    self.close_attempt(index);
+                } else {
+                    index += 1;
+                }
+            }
+        }
+        self.fail_gathers(&error);
+        self.clock = self.clock.max(now);
+    }
+
+    /// The first rank, if any, that was here and is gone.
+    fn a_lost_rank(&self) -> Option<Error> {
+        self.ranks.iter().find_map(|r| r.lost.clone())
+    }
+
+    // ---- deadlines ----
+
+    /// When the hub's patience ends. Longer than the ranks' own limits, so that a rank with trouble names it itself.
+    fn attempt_ends(&self, attempt: &Attempt) -> Duration {
+        let d = &self.config.deadlines;
+        let limit = match attempt.stage {
+            Stage::Joining => d.join,
+            Stage::Preparing => d.ready.saturating_add(d.dead_after),
+            Stage::Moving => d.total.saturating_add(d.dead_after),
+            Stage::Committed => close_after(d),
+        };
+        let end = attempt.since.saturating_add(limit);
+        match &attempt.suspect {
+            Some((_, until)) if attempt.stage != Stage::Committed => end.min(*until),
+            _ => end,
+        }
+    }
+
+    fn end_overdue(&mut self, index: usize) {
+        let d = self.config.deadlines;
+        let attempt = &self.attempts[index];
+        if let (Some((suspect, _)), true) = (&attempt.suspect, attempt.stage != Stage::Committed) {
+            let cause = suspect.clone();
+            return self.abort(index, cause);
+        }
+        let (missing, what, limit) = match attempt.stage {
+            Stage::Joining => (attempt.missing(|r| attempt.joined.get(&r)), "never called update", d.join),
+            Stage::Preparing => (attempt.missing(|r| attempt.digests.get(&r)), "did not get ready", d.ready),
+            Stage::Moving => {
+                (attempt.missing(|r| attempt.loaded.get(&r)), "did not load all buckets", d.total)
+            }
+            Stage::Committed => (
+                attempt.missing(|r| attempt.finished.get(&r)),
+                "did not finish after the commit",
+                close_after(&d),
+            ),
+        };
+        let absent: Vec<Rank> = missing.iter().copied().filter(|r| !self.is_connected(*r)).collect();
+        let mut text = format!("{} {what} within {} s", name_ranks(&missing), limit.as_secs_f64());
+        if !absent.is_empty() {
+            text = format!("{text} (not connected: {})", join_ranks(&absent));
+        }
+        let mut cause = Error::new(ErrorKind::Timeout, "update", text);
+        if let Some(first) = missing.first() {
+            cause = self.with_culprit(*first, cause);
+        }
+        if attempt.stage == Stage::Committed {
+            self.attempts[index].failure.get_or_insert(cause);
+            self.close_attempt(index);
+        } else {
+            self.abort(index, cause);
+        }
     }
 }

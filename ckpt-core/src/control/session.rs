@@ -13,11 +13,11 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::{
     address::HubAddress,
     codec::{FRAME_BYTES, PROTOCOL_VERSION, encode},
-    connect,
+    connect::{self, Way},
     message::{Hello, ToHub, ToRank},
     server::Hub,
     session_task,
-    token::TokenSource,
+    token::{Token, TokenSource},
 };
 use crate::{
     deadlines::Deadlines,
@@ -133,13 +133,13 @@ pub struct Session {
 impl Session {
     /// Joins the job. Rank 0 may start its hub later: connecting is tried until the join deadline.
     pub async fn connect(config: SessionConfig) -> Result<Session> {
-        let connected = connect::over_tcp(&config).await?;
+        let connected = connect::connect(&config, Way::Tcp).await?;
         Ok(Self::start(config, connected))
     }
 
     /// Joins a hub of this process without a socket; `config.address` is only used in messages.
     pub async fn in_process(hub: &Hub, config: SessionConfig) -> Result<Session> {
-        let connected = connect::in_process(hub, &config).await?;
+        let connected = connect::connect(&config, Way::InProcess(hub)).await?;
         Ok(Self::start(config, connected))
     }
 
@@ -170,6 +170,11 @@ impl Session {
         self.shared.config.world_size
     }
 
+    /// The job's secret, for transports whose listeners ask for one.
+    pub fn secret(&self) -> Result<Token> {
+        self.shared.config.token.read()
+    }
+
     /// The hub's silence limit: a lease is valid this long.
     pub fn dead_after(&self) -> Duration {
         self.shared.dead_after
@@ -181,7 +186,7 @@ impl Session {
     }
 
     /// Sends this rank's part of the gather `name` and returns every rank's, in rank order. All ranks of the job must
-    /// call it with the same name; a name can be used again when the earlier gather is over on all ranks.
+    /// call it with the same name. A name needs a counter: the hub remembers those of gathers that failed.
     pub async fn gather(&self, name: &str, part: Bytes, deadline: Instant) -> Result<Vec<Bytes>> {
         let (reply, answer) = oneshot::channel();
         let waiting = WaitingGather::new(&self.shared, name, reply)?;
@@ -265,26 +270,23 @@ impl Updates {
     /// The next event. Cancel safe. Waits for ever after [`SessionEvent::HubLost`], and in a subscription that a later
     /// one has replaced.
     pub async fn next(&mut self) -> SessionEvent {
-        loop {
-            if self.loss_told {
-                std::future::pending::<()>().await;
+        if self.loss_told {
+            std::future::pending::<()>().await;
+        }
+        tokio::select! {
+            biased;
+            Some(message) = self.messages.recv() => SessionEvent::Message(message),
+            lost = self.lost.wait_for(Option::is_some) => {
+                let cause = lost.ok().and_then(|cause| cause.clone()).unwrap_or_else(session_dropped);
+                // A message may have come in between the first branch and this one.
+                if let Ok(message) = self.messages.try_recv() {
+                    return SessionEvent::Message(message);
+                }
+                self.loss_told = true;
+                SessionEvent::HubLost { cause }
             }
-            tokio::select! {
-                biased;
-                Some(message) = self.messages.recv() => return SessionEvent::Message(message),
-                lost = self.lost.wait_for(Option::is_some) => {
-                    let cause = lost.ok().and_then(|cause| cause.clone());
-                    // A message may have come in between the first branch and this one.
-                    if let Ok(message) = self.messages.try_recv() {
-                        return SessionEvent::Message(message);
-                    }
-                    self.loss_told = true;
-                    let cause = cause.unwrap_or_else(session_dropped);
-                    return SessionEvent::HubLost { cause };
-                }
-                Ok(()) = self.lease.changed() => {
-                    return SessionEvent::LeaseRenewed { sent_at: *self.lease.borrow_and_update() };
-                }
+            Ok(()) = self.lease.changed() => {
+                SessionEvent::LeaseRenewed { sent_at: *self.lease.borrow_and_update() }
             }
         }
     }
@@ -393,17 +395,19 @@ impl Shared {
             | ToRank::Committed { .. }
             | ToRank::Closed { .. }
             | ToRank::Abort { .. } => {
-                let mut subscriber = lock(&self.subscriber);
-                match subscriber.as_ref().map(|s| s.try_send(message)) {
-                    Some(Err(mpsc::error::TrySendError::Closed(_))) => *subscriber = None,
-                    Some(Err(mpsc::error::TrySendError::Full(_))) => {
+                let subscriber = lock(&self.subscriber);
+                let Some(sender) = subscriber.as_ref() else { return Ok(()) };
+                match sender.try_reserve() {
+                    Ok(place) => place.send(message),
+                    // The update is over for this rank's driver.
+                    Err(mpsc::error::TrySendError::Closed(())) => {}
+                    Err(mpsc::error::TrySendError::Full(())) => {
                         return Err(Error::new(
                             ErrorKind::Internal,
                             "hear from the hub",
                             format!("this rank has left {INCOMING_MESSAGES} messages unread"),
                         ));
                     }
-                    Some(Ok(())) | None => {}
                 }
             }
         }

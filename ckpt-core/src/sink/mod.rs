@@ -1,16 +1,25 @@
 //! The sink seam: how an inference worker is told where new weights lie and says that it has taken them.
 
+mod ce_message;
+mod checkpoint_engine;
 mod gate;
 mod layout;
 mod native;
+mod pickle;
+mod protocol;
+mod stream;
+mod zmtp;
 
 use std::time::Instant;
 
+use async_trait::async_trait;
+
+pub use checkpoint_engine::{CheckpointEngineSink, WireVersion, release_stranded_workers};
 pub(crate) use gate::check_private_dir;
 pub use layout::Layout;
 pub use native::{NativeSink, NativeSinkConfig};
-
-use async_trait::async_trait;
+pub use protocol::WorkerProtocol;
+pub use stream::{StreamBucket, StreamSink, StreamTensor, TensorStream, stream};
 
 use crate::{
     device::Ring,

@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-pub use registry::{Probe, Registry, TransportConfig, TransportProvider};
+pub use registry::{AUTO, Probe, Registry, Requirement, TransportConfig, TransportProvider};
 
 use crate::{
     device::{Buffer, BufferSlice, Event, Stream},

@@ -4,9 +4,13 @@ use std::{fmt, net::IpAddr, path::PathBuf, sync::Arc};
 
 use super::Transport;
 use crate::{
-    device::{DeviceBackend, DeviceProvider},
+    device::{DeviceBackend, DeviceConfig, DeviceProvider},
     error::{Error, ErrorKind, Result},
 };
+
+/// Asks for the first backend that works.
+pub const AUTO: &str = "auto";
+const OPERATION: &str = "choose a backend";
 
 /// The answer to "could this be used here?".
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,6 +83,33 @@ impl Registry {
         self.devices.iter().map(|p| &**p)
     }
 
+    /// Opens the device called `kind`, or with `auto` the first whose probe and opening succeed. Why others were passed
+    /// over is logged, and is the error if none is left.
+    pub fn open_device(&self, kind: &str, config: &DeviceConfig) -> Result<Arc<dyn DeviceBackend>> {
+        if kind != AUTO {
+            return self.device(kind)?.open(config);
+        }
+        first_that_works("device", self.devices(), |p| p.kind(), |p| p.probe(), |p| p.open(config))
+    }
+
+    /// Opens the transport called `name`, or with `auto` the first that works here and can do what is required.
+    pub fn open_transport(
+        &self,
+        name: &str,
+        config: &TransportConfig,
+        required: Requirement,
+    ) -> Result<Arc<dyn Transport>> {
+        let open = |provider: &dyn TransportProvider| {
+            let transport = provider.open(config)?;
+            required.check(&*transport, config.device.kind())?;
+            Ok(transport)
+        };
+        if name != AUTO {
+            return open(self.transport(name)?);
+        }
+        first_that_works("transport", self.transports(), |p| p.name(), |p| p.probe(), |p| open(p))
+    }
+
     /// The transport called `name`, whatever its probe says.
     pub fn transport(&self, name: &str) -> Result<&dyn TransportProvider> {
         self.transports()
@@ -94,10 +125,69 @@ impl Registry {
     }
 }
 
+/// What an update needs of a transport.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Requirement {
+    /// Broadcasts.
+    pub collective: bool,
+    /// Reads of remote memory.
+    pub one_sided: bool,
+    /// Ranks are processes.
+    pub across_processes: bool,
+    /// Ranks are on several hosts.
+    pub across_hosts: bool,
+}
+
+impl Requirement {
+    fn check(self, transport: &dyn Transport, device: &str) -> Result<()> {
+        let can = transport.capability();
+        let missing = if self.collective && !can.collective {
+            "has no broadcasts".to_owned()
+        } else if self.one_sided && !can.one_sided {
+            "cannot read remote memory".to_owned()
+        } else if self.across_processes && !can.across_processes {
+            "does not reach other processes".to_owned()
+        } else if self.across_hosts && !can.across_hosts {
+            "does not reach other hosts".to_owned()
+        } else if !can.devices.contains(&device) {
+            format!("works on {}, not on device {device}", can.devices.join(", "))
+        } else {
+            return Ok(());
+        };
+        let message = format!("transport `{}` {missing}; choose another", transport.name());
+        Err(Error::new(ErrorKind::Unsupported, OPERATION, message))
+    }
+}
+
+fn first_that_works<'a, P: ?Sized + 'a, T>(
+    what: &'static str,
+    providers: impl Iterator<Item = &'a P>,
+    name: impl Fn(&P) -> &'static str,
+    probe: impl Fn(&P) -> Probe,
+    open: impl Fn(&P) -> Result<T>,
+) -> Result<T> {
+    let mut refused = Vec::new();
+    for provider in providers {
+        let why = match probe(provider) {
+            Probe::Unavailable(why) => why,
+            Probe::Available(_) => match open(provider) {
+                Ok(opened) => {
+                    tracing::debug!(what, chosen = name(provider), ?refused, "chose a backend");
+                    return Ok(opened);
+                }
+                Err(error) => error.to_string(),
+            },
+        };
+        refused.push(format!("{}: {why}", name(provider)));
+    }
+    let message = format!("no {what} works here: {}", refused.join("; "));
+    Err(Error::new(ErrorKind::Unavailable, OPERATION, message))
+}
+
 fn unknown(what: &'static str, name: &str, known: Vec<&str>) -> Error {
     Error::new(
         ErrorKind::ConfigInvalid,
-        "choose a backend",
+        OPERATION,
         format!(
             "this build has no {what} `{name}`; it has {} (another may need its cargo feature)",
             known.join(", ")

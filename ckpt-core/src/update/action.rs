@@ -169,7 +169,8 @@ pub enum Event {
         /// The first failure after the commit.
         failure: Option<Error>,
     },
-    /// Some action of this rank failed (worker, engine, device, transport).
+    /// Some action of this rank failed (worker, engine, device, transport). A communicator that breaks after its last
+    /// bucket was exchanged is not this update's failure: keep it for the next one.
     Failed {
         /// Why.
         cause: Error,

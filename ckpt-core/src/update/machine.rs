@@ -3,10 +3,13 @@
 //! Each wait of `docs/ARCHITECTURE.md`'s "life of one bucket" is one method or one condition here, named by a [`Rule`].
 
 mod fingerprint;
+#[cfg(test)]
+mod tests;
 mod timers;
 
 use std::{collections::VecDeque, time::Duration};
 
+pub(crate) use self::timers::close_after;
 use super::{Action, Event, Outcome, Rule};
 use crate::{
     deadlines::Deadlines,

@@ -121,7 +121,7 @@ impl PinnedMemory {
         let page = rustix::param::page_size() as u64;
         let first = memory.address() / page * page;
         let len = (memory.address() + memory.len_bytes()).next_multiple_of(page) - first;
-        let register = |flags: u32| {
+        let register = |flags: u32| -> Result<i32> {
             let _bound = context.bind()?;
             // SAFETY: `Buffer` promises that the range is mapped while `memory` lives, whole pages always are, and
             // drop unregisters before `memory` goes.

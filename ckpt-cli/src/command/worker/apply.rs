@@ -1,0 +1,95 @@
+//! Taking buckets, and the faults that tests ask for.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use ckpt_core::{
+    Error, ErrorKind, Result,
+    worker::{Apply, TensorView},
+};
+use clap::Args;
+use rustix::process::{Signal, getpid, kill_process};
+
+use super::store::Store;
+
+/// What goes wrong on purpose; hidden from the help, since only tests want it.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub(super) struct Faults {
+    /// Answer the bucket with this number with an error
+    #[arg(long, hide = true, value_name = "BUCKET")]
+    fail_at_bucket: Option<u32>,
+    /// Die as if by kill -9 in the bucket with this number
+    #[arg(long, hide = true, value_name = "BUCKET")]
+    exit_at_bucket: Option<u32>,
+    /// Stop as if by SIGSTOP in the bucket with this number
+    #[arg(long, hide = true, value_name = "BUCKET")]
+    stop_at_bucket: Option<u32>,
+    /// Fail in the post hook
+    #[arg(long, hide = true)]
+    fail_in_post_hook: bool,
+    /// Take this long for each bucket
+    #[arg(long, hide = true, value_name = "MILLISECONDS", default_value_t = 0)]
+    slow_ms: u64,
+    /// Only in the first update
+    #[arg(long, hide = true)]
+    fault_once: bool,
+}
+
+impl Faults {
+    /// The faults of update number `update`, from 0.
+    pub(super) fn in_update(self, update: u64) -> Self {
+        if self.fault_once && update > 0 { Self::default() } else { self }
+    }
+}
+
+/// Applies buckets to one device's store.
+pub(super) struct Applier {
+    pub(super) store: Arc<Mutex<Store>>,
+    pub(super) faults: Faults,
+}
+
+impl Applier {
+    fn store(&self) -> MutexGuard<'_, Store> {
+        // A panic in here leaves whole tensors, and `mixed` says the rest.
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Apply for Applier {
+    fn bucket(&mut self, bucket: u32, tensors: &[TensorView<'_>]) -> Result<()> {
+        let faults = self.faults;
+        if faults.slow_ms > 0 {
+            std::thread::sleep(Duration::from_millis(faults.slow_ms));
+        }
+        let signal_at = |at: Option<u32>, signal| {
+            if at == Some(bucket) {
+                // A process may always signal itself; if it could not, the test would see that nothing happened.
+                let _ = kill_process(getpid(), signal);
+            }
+        };
+        signal_at(faults.exit_at_bucket, Signal::KILL);
+        signal_at(faults.stop_at_bucket, Signal::STOP);
+        if faults.fail_at_bucket == Some(bucket) {
+            return Err(asked_for(format!("bucket {bucket} fails because --fail-at-bucket asked for it")));
+        }
+        let mut store = self.store();
+        for tensor in tensors {
+            store.put(tensor.meta(), tensor.bytes()?);
+        }
+        Ok(())
+    }
+
+    fn post_hook(&mut self) -> Result<()> {
+        if self.faults.fail_in_post_hook {
+            return Err(asked_for("the post hook fails because --fail-in-post-hook asked for it".into()));
+        }
+        self.store().complete();
+        Ok(())
+    }
+}
+
+fn asked_for(message: String) -> Error {
+    Error::new(ErrorKind::Backend, "apply weights", message)
+}

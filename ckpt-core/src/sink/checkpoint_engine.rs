@@ -1,0 +1,380 @@
+//! A worker link that speaks checkpoint-engine's protocol: pickles from a ZeroMQ request socket to its worker's reply
+//! socket. Workers from PyPI take updates through it unmodified.
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use tokio::{
+    net::UnixStream,
+    time::{timeout, timeout_at},
+};
+
+use super::{
+    BucketMessage, WeightSink, ce_message,
+    gate::{self, Gate, Protocol},
+    zmtp::{Replier, ZmtpError},
+};
+use crate::{
+    device::Ring,
+    error::{Error, ErrorKind, Key, Result},
+    worker::wire::clip,
+};
+
+/// How long a worker that was busy when its update failed is waited for in the background.
+const LINGER: Duration = Duration::from_secs(600);
+/// How long a worker that was told to raise may take to close its socket before it is left alone.
+const LEAVE: Duration = Duration::from_millis(500);
+/// How long a worker may take to answer an exception that came where a ring was due.
+const FIRST_ANSWER: Duration = Duration::from_secs(5);
+/// Longest part of a worker's reply that goes into an error.
+const MAX_REPORT: usize = 16 << 10;
+const FILE_KIND: &str = "ce";
+
+/// What the worker understands; there is no negotiation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WireVersion {
+    /// checkpoint-engine 0.4.0 and newer: one `None` drops the ring, another runs the post hook.
+    #[default]
+    Ce04,
+    /// Before 0.4.0: a single `None` does both, so the post hook runs before the ring is free.
+    Ce03,
+}
+
+/// The link to one checkpoint-engine worker.
+#[derive(Debug)]
+pub struct CheckpointEngineSink {
+    uuid: String,
+    endpoint: String,
+    wire: WireVersion,
+    stage: Stage,
+    /// Gone once the worker was told to raise.
+    link: Option<Link>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Bound,
+    Open,
+    Released,
+    Finished,
+}
+
+impl CheckpointEngineSink {
+    /// Listens for the worker of the device `uuid` in `runtime_dir` (mode 0700). Needs a tokio runtime.
+    pub fn bind(runtime_dir: &Path, uuid: &str, wire: WireVersion) -> Result<Self> {
+        let gate =
+            Gate::bind(runtime_dir, FILE_KIND, uuid, ZmtpProtocol).map_err(|e| e.with(Key::Worker, uuid))?;
+        let endpoint = format!("ipc://{}", gate.path().display());
+        let link = Link { gate, peer: None, lost: None, untouched: true };
+        Ok(Self { uuid: uuid.to_owned(), endpoint, wire, stage: Stage::Bound, link: Some(link) })
+    }
+
+    fn error(&self, kind: ErrorKind, operation: &'static str, message: impl Into<String>) -> Error {
+        let error = Error::new(kind, operation, message).with(Key::Worker, &self.uuid);
+        match self.link.as_ref().and_then(|l| l.peer.as_ref()).and_then(Replier::pid) {
+            Some(pid) => error.with(Key::Pid, pid),
+            None => error.with(Key::Endpoint, &self.endpoint),
+        }
+    }
+
+    fn expect(&self, stage: Stage, operation: &'static str) -> Result<()> {
+        if self.stage == stage && self.link.is_some() {
+            return Ok(());
+        }
+        let message = format!("called while the link is {:?}, not {stage:?}", self.stage);
+        Err(self.error(ErrorKind::Internal, operation, message))
+    }
+
+    /// One request and its reply.
+    async fn ask(&mut self, payload: &[u8], operation: &'static str, deadline: Instant) -> Result<()> {
+        let Some(link) = &mut self.link else {
+            return Err(self.error(ErrorKind::Aborted, operation, "the worker was already told to raise"));
+        };
+        if link.lost.is_some() {
+            return Err(self.error(ErrorKind::PeerLost, operation, "the link broke earlier"));
+        }
+        if link.peer.is_none() {
+            let waited = link.gate.worker(deadline).await;
+            link.peer = Some(
+                waited.map_err(|e| e.with(Key::Worker, &self.uuid).with(Key::Endpoint, &self.endpoint))?,
+            );
+        }
+        let Some(peer) = &mut link.peer else {
+            return Err(self.error(ErrorKind::Internal, operation, "no worker is connected"));
+        };
+        link.untouched = false;
+        let asked = async {
+            peer.request(payload).await?;
+            peer.reply().await
+        };
+        match timeout_at(deadline.into(), asked).await {
+            Ok(Ok(reply)) => {
+                read_reply(&reply).map_err(|(kind, message)| self.error(kind, operation, message))
+            }
+            Ok(Err(error)) => {
+                let by_peer = by_peer(&error);
+                link.lost = Some(if by_peer { Lost::ByPeer } else { Lost::ByUs });
+                Err(self.broken(error, by_peer, operation))
+            }
+            Err(_) => {
+                Err(self.error(ErrorKind::Timeout, operation, "the worker has not answered by the deadline"))
+            }
+        }
+    }
+
+    fn broken(&self, cause: ZmtpError, by_peer: bool, operation: &'static str) -> Error {
+        if !by_peer {
+            return self
+                .error(ErrorKind::Corrupt, operation, "the worker's socket broke the protocol")
+                .caused_by(cause);
+        }
+        let hint = match (self.stage, self.wire) {
+            (Stage::Released, WireVersion::Ce04) => {
+                "the worker closed its link instead of answering the second None: its post hook raised (see the \
+                 engine's answer), or it is older than checkpoint-engine 0.4.0 and needs --worker-protocol ce-0.3"
+            }
+            _ => {
+                "the worker closed its link while it owed a reply: it died or raised (see the engine's answer)"
+            }
+        };
+        self.error(ErrorKind::PeerLost, operation, hint).caused_by(cause)
+    }
+}
+
+#[async_trait]
+impl WeightSink for CheckpointEngineSink {
+    fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+
+    async fn open(&mut self, ring: &dyn Ring, deadline: Instant) -> Result<()> {
+        self.expect(Stage::Bound, "open the ring")?;
+        let payload = ce_message::open(&ring.export(), ring.buffer().len_bytes())
+            .map_err(|e| e.with(Key::Worker, &self.uuid))?;
+        self.ask(&payload, "open the ring", deadline).await?;
+        self.stage = Stage::Open;
+        Ok(())
+    }
+
+    async fn deliver(&mut self, bucket: &BucketMessage, deadline: Instant) -> Result<()> {
+        self.expect(Stage::Open, "deliver a bucket")?;
+        let name = |e: Error| e.with(Key::Worker, &self.uuid).with(Key::Bucket, bucket.bucket);
+        let payload = ce_message::bucket(bucket).map_err(name)?;
+        self.ask(&payload, "deliver a bucket", deadline).await.map_err(|e| e.with(Key::Bucket, bucket.bucket))
+    }
+
+    async fn release(&mut self, deadline: Instant) -> Result<()> {
+        self.expect(Stage::Open, "release the ring")?;
+        self.ask(&ce_message::none(), "release the ring", deadline).await?;
+        self.stage = Stage::Released;
+        Ok(())
+    }
+
+    async fn finish(&mut self, deadline: Instant) -> Result<()> {
+        self.expect(Stage::Released, "run the post hook")?;
+        if self.wire == WireVersion::Ce04 {
+            self.ask(&ce_message::none(), "run the post hook", deadline).await?;
+        }
+        self.stage = Stage::Finished;
+        Ok(())
+    }
+
+    async fn fail(&mut self, cause: &Error, deadline: Instant) -> Result<()> {
+        let Some(link) = self.link.take() else { return Ok(()) };
+        let over = self.stage == Stage::Finished
+            || (self.stage == Stage::Released && self.wire == WireVersion::Ce03);
+        if over {
+            return Ok(());
+        }
+        // The worker has no deadline of its own: if it is busy for longer than this call may take, it must still hear
+        // the exception when it comes back, or it would wait for ever. So this runs by itself.
+        let text = cause.flattened().to_string();
+        let mut telling = tokio::spawn(async move { timeout(LINGER, link.raise(&text)).await.is_ok() });
+        match timeout_at(deadline.into(), &mut telling).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(self.error(
+                ErrorKind::Timeout,
+                "tell the worker to raise",
+                "the worker was still busy or absent at the deadline; it will be told when it is back",
+            )),
+        }
+    }
+}
+
+/// Frees the workers of the device `uuid` that wait for a parameter server which died: binds the endpoint that it left
+/// in `runtime_dir` again and sends an exception. Returns how many were told by the deadline. Call it at start.
+pub async fn release_stranded_workers(runtime_dir: &Path, uuid: &str, deadline: Instant) -> Result<u32> {
+    gate::check_private_dir(runtime_dir)?;
+    let entries = std::fs::read_dir(runtime_dir).map_err(|e| {
+        Error::new(ErrorKind::Backend, "look for stranded workers", "cannot read the runtime folder")
+            .with(Key::Path, runtime_dir.display())
+            .caused_by(e)
+    })?;
+    let prefix = gate::file_prefix(FILE_KIND, uuid);
+    let mut told = tokio::task::JoinSet::new();
+    for entry in entries.flatten() {
+        let path = entry.path();
+        let ours = entry.file_name().to_str().is_some_and(|n| n.starts_with(&prefix) && n.ends_with(".sock"));
+        // A live parameter server listens as long as its link lives; a dead one refuses.
+        let refused = matches!(
+            UnixStream::connect(&path).await,
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused
+        );
+        if !ours || !refused || std::fs::remove_file(&path).is_err() {
+            continue;
+        }
+        let gate = Gate::bind_path(&path, ZmtpProtocol)?;
+        tracing::info!(path = %path.display(), "a dead parameter server left an endpoint; telling its worker");
+        let link = Link { gate, peer: None, lost: None, untouched: true };
+        told.spawn(async move {
+            let text = "the parameter server of this update died; the weights may be mixed, update again";
+            timeout_at(deadline.into(), link.raise(text)).await.is_ok()
+        });
+    }
+    let mut count = 0;
+    while let Some(done) = told.join_next().await {
+        count += u32::from(done.unwrap_or(false));
+    }
+    Ok(count)
+}
+
+#[derive(Debug)]
+struct Link {
+    gate: Gate<ZmtpProtocol>,
+    peer: Option<Replier>,
+    lost: Option<Lost>,
+    /// Nothing was ever sent: the worker still waits for its first message.
+    untouched: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lost {
+    /// It closed its socket: it has raised or died, and hears nothing more.
+    ByPeer,
+    /// Given up on this side: its ZeroMQ will connect again.
+    ByUs,
+}
+
+impl Link {
+    /// Makes the worker raise, however long it takes.
+    async fn raise(mut self, text: &str) {
+        let far = Instant::now() + LINGER;
+        if self.lost == Some(Lost::ByPeer) {
+            return;
+        }
+        if self.lost.is_none() {
+            if self.peer.is_none() {
+                self.peer = self.gate.worker(far).await.ok();
+            }
+            let Some(peer) = &mut self.peer else { return };
+            match tell(peer, text, self.untouched).await {
+                Ok(()) => return,
+                Err(error) if by_peer(&error) => return,
+                Err(error) => {
+                    tracing::warn!(%error, "the link broke; the worker will be told when it reconnects")
+                }
+            }
+        }
+        self.peer = None;
+        self.gate.refuse_next(text, far).await;
+    }
+}
+
+/// Sends the exception, after the reply that is still owed.
+async fn tell(peer: &mut Replier, text: &str, untouched: bool) -> Result<(), ZmtpError> {
+    if peer.owes_reply() {
+        peer.reply().await?;
+    }
+    let exception = ce_message::exception(text);
+    peer.request(&exception).await?;
+    // A worker that was waiting for its ring answers with a traceback and raises after one more message. Any other
+    // worker raises at once and closes its socket.
+    let patience = if untouched { FIRST_ANSWER } else { LEAVE };
+    if let Ok(Ok(_)) = timeout(patience, peer.reply()).await {
+        peer.request(&exception).await?;
+        // Its closed socket says that it has gone; a message in its queue arrives all the same.
+        let _ = timeout(LEAVE, peer.left()).await;
+    }
+    Ok(())
+}
+
+fn by_peer(error: &ZmtpError) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
+    match error {
+        ZmtpError::Closed => true,
+        ZmtpError::Io(io) => matches!(io.kind(), BrokenPipe | ConnectionReset),
+        _ => false,
+    }
+}
+
+/// `Ok` for the empty reply; else what the worker says.
+fn read_reply(reply: &[u8]) -> Result<(), (ErrorKind, String)> {
+    if reply.is_empty() {
+        return Ok(());
+    }
+    // 0.2.x sent its exception as a pickle. Loading one would run whatever it says.
+    if let [0x80, 2..=5, rest @ ..] = reply {
+        let text = clip(&printable_runs(rest), MAX_REPORT);
+        return Err((
+            ErrorKind::Backend,
+            format!(
+                "the worker replied with a pickled exception, which is never loaded; readable in it: {text}"
+            ),
+        ));
+    }
+    match std::str::from_utf8(reply) {
+        Ok(text) => {
+            Err((ErrorKind::Backend, format!("the worker reports: {}", clip(text.trim_end(), MAX_REPORT))))
+        }
+        Err(_) => Err((
+            ErrorKind::Corrupt,
+            format!("the worker's reply of {} bytes is neither empty nor text", reply.len()),
+        )),
+    }
+}
+
+fn printable_runs(bytes: &[u8]) -> String {
+    let runs = bytes.split(|b| !(b' '..=b'~').contains(b)).filter(|run| run.len() >= 4);
+    runs.map(String::from_utf8_lossy).collect::<Vec<_>>().join(" | ")
+}
+
+#[derive(Debug)]
+struct ZmtpProtocol;
+
+impl Protocol for ZmtpProtocol {
+    type Peer = Replier;
+
+    async fn handshake(&self, stream: UnixStream) -> Result<Replier, String> {
+        Replier::handshake(stream).await.map_err(|e| e.to_string())
+    }
+
+    async fn refuse(&self, mut peer: Replier, why: String) {
+        // It is told once; a worker that leaves before that needs no telling.
+        let _ = tell(&mut peer, &why, true).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replies_are_read_as_text_and_never_loaded() {
+        assert!(read_reply(b"").is_ok());
+        let (kind, text) = read_reply("Traceback\n  ValueError: \u{e9}\n".as_bytes()).unwrap_err();
+        assert_eq!(
+            (kind, text.as_str()),
+            (ErrorKind::Backend, "the worker reports: Traceback\n  ValueError: \u{e9}")
+        );
+        let pickled = b"\x80\x04\x95\x2d\0\0\0\0\0\0\0\x8c\x08builtins\x94\x8c\x0aValueError\x94\x93\x94\x8c\x0bno lm_head!\x94\x85\x94R\x94.";
+        let (kind, text) = read_reply(pickled).unwrap_err();
+        assert_eq!(kind, ErrorKind::Backend);
+        assert!(text.ends_with("builtins | ValueError | no lm_head!"), "{text}");
+        assert_eq!(read_reply(b"\xff\xfe\x00").unwrap_err().0, ErrorKind::Corrupt);
+        let long = "x".repeat(1 << 20);
+        assert!(read_reply(long.as_bytes()).unwrap_err().1.len() < 20_000);
+    }
+}

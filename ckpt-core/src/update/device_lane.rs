@@ -1,0 +1,260 @@
+//! The device's lane: H2D of own segments, the group of broadcasts behind it, and the watch over both.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::{sync::mpsc, task::JoinHandle};
+
+use super::{
+    Event,
+    trace::{Stage, Trace},
+};
+use crate::{
+    device::{Buffer, BufferSlice, DeviceBackend, Event as DeviceEvent, Ring, Stream},
+    error::{Error, ErrorKind, Key, Result},
+    plan::UpdatePlan,
+    transport::{AbortHandle, CollectiveOp, Communicator, CommunicatorQueue},
+    types::Rank,
+};
+
+/// A bucket on its way: what its completion depends on.
+struct InFlight {
+    bucket: u32,
+    loaded: Option<(DeviceEvent, Duration)>,
+    exchanged: Option<DeviceEvent>,
+    start: Duration,
+    deadline: Instant,
+}
+
+struct Exchange {
+    bucket: u32,
+    loaded: Option<(DeviceEvent, Duration)>,
+}
+
+/// What the lane works on.
+pub(super) struct DeviceWork {
+    pub(super) rank: Rank,
+    pub(super) plan: Arc<UpdatePlan>,
+    pub(super) ring: Arc<dyn Ring>,
+    /// The arenas of this rank's share.
+    pub(super) arenas: Vec<Arc<dyn Buffer>>,
+    /// `None` for a group of one.
+    pub(super) communicator: Option<Communicator>,
+    pub(super) bucket_deadline: Duration,
+}
+
+/// The driver's end.
+pub(super) struct DeviceLane {
+    rank: Rank,
+    plan: Arc<UpdatePlan>,
+    memory: Arc<dyn Buffer>,
+    arenas: Vec<Arc<dyn Buffer>>,
+    h2d: Arc<dyn Stream>,
+    loads: BTreeMap<u32, (DeviceEvent, Duration)>,
+    exchanges: mpsc::UnboundedSender<Exchange>,
+    exchange_task: JoinHandle<Option<Box<dyn CommunicatorQueue>>>,
+    watch_task: JoinHandle<()>,
+    abort: Option<Arc<dyn AbortHandle>>,
+    trace: Trace,
+}
+
+impl DeviceLane {
+    pub(super) fn spawn(
+        device: &dyn DeviceBackend,
+        work: DeviceWork,
+        trace: Trace,
+        events: mpsc::UnboundedSender<Event>,
+    ) -> Result<Self> {
+        let h2d = device.stream("h2d")?;
+        let net = device.stream("net")?;
+        let memory = work.ring.buffer();
+        let (queue, abort) = match work.communicator {
+            Some(Communicator { queue, abort }) => (Some(queue), Some(abort)),
+            None => (None, None),
+        };
+        let (exchanges, exchange_inbox) = mpsc::unbounded_channel();
+        let (in_flight, watch_inbox) = mpsc::unbounded_channel();
+        let exchange = ExchangeTask {
+            plan: work.plan.clone(),
+            memory: memory.clone(),
+            net,
+            queue,
+            bucket_deadline: work.bucket_deadline,
+            trace: trace.clone(),
+            events: events.clone(),
+            inbox: exchange_inbox,
+            in_flight,
+        };
+        let watch = WatchTask { abort: abort.clone(), trace: trace.clone(), events, inbox: watch_inbox };
+        Ok(Self {
+            rank: work.rank,
+            plan: work.plan,
+            memory,
+            arenas: work.arenas,
+            h2d,
+            loads: BTreeMap::new(),
+            exchanges,
+            exchange_task: tokio::spawn(exchange.run()),
+            watch_task: tokio::spawn(watch.run()),
+            abort,
+            trace,
+        })
+    }
+
+    /// Enqueues H2D of this rank's own segments of `bucket`.
+    pub(super) fn load(&mut self, bucket: u32) -> Result<()> {
+        let start = self.trace.now();
+        let mut any = false;
+        let plan = self.plan.clone();
+        for segment in plan.buckets[bucket as usize].segments.iter().filter(|s| s.root == self.rank) {
+            let arena = self.arenas.get(segment.arena as usize).ok_or_else(|| {
+                Error::new(
+                    ErrorKind::Internal,
+                    "load a bucket",
+                    format!("the plan names arena {} of {} here", segment.arena, self.arenas.len()),
+                )
+                .with(Key::Rank, self.rank)
+                .with(Key::Bucket, bucket)
+            })?;
+            let from = BufferSlice::new(
+                arena.clone(),
+                segment.arena_offset..segment.arena_offset + segment.len_bytes,
+            )?;
+            let to = BufferSlice::new(
+                self.memory.clone(),
+                segment.ring_offset..segment.ring_offset + segment.len_bytes,
+            )?;
+            self.h2d.copy(from, to)?;
+            any = true;
+        }
+        if any {
+            self.loads.insert(bucket, (self.h2d.record()?, start));
+        }
+        Ok(())
+    }
+
+    /// Enqueues the bucket's broadcasts behind its loads; [`Event::Exchanged`] or [`Event::Failed`] follows.
+    pub(super) fn exchange(&mut self, bucket: u32) {
+        // A task that has ended has already reported why.
+        let _ = self.exchanges.send(Exchange { bucket, loaded: self.loads.remove(&bucket) });
+    }
+
+    /// Poisons the communicator and frees whoever waits in it.
+    pub(super) fn abort(&self, cause: Error) {
+        if let Some(abort) = &self.abort {
+            abort.abort(cause);
+        }
+    }
+
+    /// Ends the lane after the last bucket; returns the communicator for the next update if it is still healthy.
+    pub(super) async fn finish(self, limit: Duration) -> Option<Communicator> {
+        drop(self.exchanges);
+        let queue = tokio::time::timeout(limit, self.exchange_task).await.ok()?.ok()??;
+        tokio::time::timeout(limit, self.watch_task).await.ok()?.ok()?;
+        let abort = self.abort?;
+        abort.poisoned().is_none().then_some(Communicator { queue, abort })
+    }
+}
+
+struct ExchangeTask {
+    plan: Arc<UpdatePlan>,
+    memory: Arc<dyn Buffer>,
+    net: Arc<dyn Stream>,
+    queue: Option<Box<dyn CommunicatorQueue>>,
+    bucket_deadline: Duration,
+    trace: Trace,
+    events: mpsc::UnboundedSender<Event>,
+    inbox: mpsc::UnboundedReceiver<Exchange>,
+    in_flight: mpsc::UnboundedSender<InFlight>,
+}
+
+impl ExchangeTask {
+    async fn run(mut self) -> Option<Box<dyn CommunicatorQueue>> {
+        while let Some(exchange) = self.inbox.recv().await {
+            let bucket = exchange.bucket;
+            match self.enqueue(exchange).await {
+                // The watch task ends only with its channel, which this task holds.
+                Ok(in_flight) => drop(self.in_flight.send(in_flight)),
+                Err(cause) => {
+                    let _ = self.events.send(Event::Failed { cause: cause.with(Key::Bucket, bucket) });
+                    return None;
+                }
+            }
+        }
+        self.queue
+    }
+
+    async fn enqueue(&mut self, exchange: Exchange) -> Result<InFlight> {
+        let start = self.trace.now();
+        let deadline = Instant::now() + self.bucket_deadline;
+        let exchanged = match &mut self.queue {
+            None => None,
+            Some(queue) => {
+                if let Some((loaded, _)) = &exchange.loaded {
+                    self.net.wait(loaded)?;
+                }
+                let segments = &self.plan.buckets[exchange.bucket as usize].segments;
+                let mut ops = Vec::with_capacity(segments.len());
+                for segment in segments {
+                    let root = self.plan.members.binary_search(&segment.root).map_err(|_| {
+                        Error::new(
+                            ErrorKind::Internal,
+                            "exchange a bucket",
+                            format!("root {} is not a member", segment.root),
+                        )
+                    })?;
+                    let range = segment.ring_offset..segment.ring_offset + segment.len_bytes;
+                    let buffer = BufferSlice::new(self.memory.clone(), range)?;
+                    ops.push(CollectiveOp { root: root as u32, buffer });
+                }
+                Some(queue.enqueue(ops, &self.net).await?)
+            }
+        };
+        Ok(InFlight { bucket: exchange.bucket, loaded: exchange.loaded, exchanged, start, deadline })
+    }
+}
+
+struct WatchTask {
+    abort: Option<Arc<dyn AbortHandle>>,
+    trace: Trace,
+    events: mpsc::UnboundedSender<Event>,
+    inbox: mpsc::UnboundedReceiver<InFlight>,
+}
+
+impl WatchTask {
+    async fn run(mut self) {
+        while let Some(in_flight) = self.inbox.recv().await {
+            let bucket = in_flight.bucket;
+            let event = match self.complete(in_flight).await {
+                Ok(()) => Event::Exchanged { bucket },
+                Err(cause) => Event::Failed { cause: cause.with(Key::Bucket, bucket) },
+            };
+            let failed = matches!(event, Event::Failed { .. });
+            let _ = self.events.send(event);
+            if failed {
+                return;
+            }
+        }
+    }
+
+    async fn complete(&self, in_flight: InFlight) -> Result<()> {
+        let bucket = Some(in_flight.bucket);
+        if let Some((loaded, start)) = &in_flight.loaded {
+            loaded.done(in_flight.deadline).await?;
+            self.trace.end(Stage::Load, bucket, *start);
+        }
+        if let Some(exchanged) = &in_flight.exchanged {
+            exchanged.done(in_flight.deadline).await?;
+            self.trace.end(Stage::Exchange, bucket, in_flight.start);
+        }
+        // An aborted kernel ends normally and its event fires over garbage: a completion counts only if the
+        // communicator is seen healthy after it.
+        match self.abort.as_ref().and_then(|a| a.poisoned()) {
+            Some(cause) => Err(cause),
+            None => Ok(()),
+        }
+    }
+}
