@@ -8,8 +8,10 @@
 mod command;
 mod exit;
 mod failure;
+mod job;
 mod logging;
 mod output;
+mod progress;
 
 use std::{
     ffi::OsString,
@@ -19,7 +21,10 @@ use std::{
 };
 
 use anyhow::Context as _;
-use ckpt_core::{device::host::HostProvider, transport::Registry};
+use ckpt_core::{
+    device::host::HostProvider,
+    transport::{Registry, local::LocalProvider, tcp::TcpProvider},
+};
 use clap::Parser;
 pub use exit::Exit;
 pub use output::{Output, Table, format_bytes};
@@ -33,6 +38,8 @@ pub fn registry() -> Registry {
     #[allow(unused_variables, reason = "only native backends have variables, and a build may have none")]
     let env = |name: &str| std::env::var(name).ok();
     let mut registry = Registry::default();
+    #[cfg(feature = "nccl")]
+    ckpt_transport_nccl::register(&mut registry);
     #[cfg(feature = "hccl")]
     {
         use ckpt_transport_hccl::{AscendProvider, HcclConfig, HcclProvider};
@@ -55,6 +62,8 @@ pub fn registry() -> Registry {
         registry.add_transport(MooncakeProvider::new(MooncakeConfig::from_env(&env)));
     }
     registry.add_device(HostProvider);
+    registry.add_transport(LocalProvider::default());
+    registry.add_transport(TcpProvider);
     registry
 }
 
@@ -80,6 +89,9 @@ pub(crate) struct Context {
     pub(crate) output: Output,
 }
 
+/// The heading of the options that every command has.
+pub(crate) const GLOBAL: &str = "Output";
+
 #[derive(Parser)]
 #[command(
     name = "ckpt",
@@ -91,7 +103,7 @@ pub(crate) struct Context {
 )]
 struct Cli {
     /// Print one JSON object as the last line of stdout, and errors as one too
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = GLOBAL)]
     json: bool,
     #[command(flatten)]
     logging: logging::LoggingArgs,

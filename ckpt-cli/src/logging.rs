@@ -15,10 +15,10 @@ pub(crate) enum LogFormat {
 #[derive(Args, Clone, Debug)]
 pub(crate) struct LoggingArgs {
     /// Form of the log on stderr: for people, or one JSON object a line
-    #[arg(long, global = true, value_enum, default_value = "text", env = "CKPT_LOG_FORMAT", hide_env = true)]
+    #[arg(long, global = true, help_heading = crate::GLOBAL, value_enum, default_value = "text", env = "CKPT_LOG_FORMAT")]
     pub(crate) log_format: LogFormat,
     /// What to log: error, warn, info, debug, trace, or a filter such as ckpt_core=debug [default: RUST_LOG, else info]
-    #[arg(long, global = true, value_name = "LEVEL")]
+    #[arg(long, global = true, help_heading = crate::GLOBAL, value_name = "LEVEL")]
     pub(crate) log_level: Option<String>,
 }
 

@@ -137,6 +137,28 @@ impl TensorMeta {
         bits.is_multiple_of(8).then_some(bits / 8)
     }
 
+    /// The shape that torch gives this tensor: it counts two [`DType::F4`] elements as one. `None` if it has no such
+    /// shape, because the last dimension is odd.
+    pub fn torch_shape(&self) -> Option<Arc<[u64]>> {
+        if self.dtype != DType::F4 {
+            return Some(self.shape.clone());
+        }
+        let (last, rest) = self.shape.split_last()?;
+        last.is_multiple_of(2).then(|| rest.iter().copied().chain([last / 2]).collect())
+    }
+
+    /// From the shape that torch gives a tensor: see [`Self::torch_shape`].
+    pub fn from_torch(name: impl Into<Arc<str>>, dtype: DType, shape: &[u64]) -> Result<Self> {
+        match (dtype, shape.split_last()) {
+            (DType::F4, Some((last, rest))) => {
+                let doubled: Arc<[u64]> = rest.iter().copied().chain([last.saturating_mul(2)]).collect();
+                Self::new(name, dtype, doubled)
+            }
+            (DType::F4, None) => Self::new(name, dtype, [2]),
+            _ => Self::new(name, dtype, shape),
+        }
+    }
+
     /// Bytes of the tensor, contiguous; 0 for a tensor that was built around [`TensorMeta::new`] and overflows.
     pub fn len_bytes(&self) -> u64 {
         self.checked_len_bytes().unwrap_or(0)
@@ -169,6 +191,19 @@ mod tests {
             assert_eq!(DType::from_safetensors(dtype.safetensors_name()), Some(*dtype));
             assert_eq!(DType::from_torch(&dtype.to_string()), Some(*dtype));
         }
+    }
+
+    #[test]
+    fn torch_counts_packed_pairs() {
+        let packed = TensorMeta::new("t", DType::F4, [3, 8]).unwrap();
+        assert_eq!(&*packed.torch_shape().unwrap(), &[3, 4]);
+        assert_eq!(TensorMeta::from_torch("t", DType::F4, &[3, 4]).unwrap(), packed);
+        assert_eq!(TensorMeta::from_torch("t", DType::F4, &[]).unwrap().len_bytes(), 1);
+        assert!(TensorMeta::from_torch("t", DType::F4, &[u64::MAX]).is_err());
+        assert_eq!(TensorMeta::new("t", DType::F4, [4, 3]).unwrap().torch_shape(), None);
+        let plain = TensorMeta::new("t", DType::BF16, [3, 8]).unwrap();
+        assert_eq!(plain.torch_shape(), Some(plain.shape.clone()));
+        assert_eq!(TensorMeta::from_torch("t", DType::BF16, &[3, 8]).unwrap(), plain);
     }
 
     #[test]

@@ -1,4 +1,5 @@
 //! Loading: the right bytes at the right places, and memory that is used again.
+#![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
 mod checkpoint_support;
 

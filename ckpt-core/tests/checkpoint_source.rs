@@ -1,4 +1,5 @@
 //! Sources: which files and tensors are taken, and what is refused with which words.
+#![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
 mod checkpoint_support;
 

@@ -1,1 +1,31 @@
-//! placeholder
+//! CUDA devices and the transport `nccl`: broadcasts between NVIDIA GPUs.
+//!
+//! Both libraries, the CUDA driver and NCCL, are opened at run time. Without them everything compiles and runs, and the
+//! probes say what is missing.
+
+mod communicator;
+mod config;
+pub mod device;
+mod error;
+mod library;
+mod pause;
+mod table;
+mod transport;
+mod warm_up;
+
+#[cfg(test)]
+mod fake;
+#[cfg(test)]
+mod transport_tests;
+
+use ckpt_core::transport::Registry;
+
+pub use config::NcclConfig;
+pub use transport::{NcclProvider, NcclTransport};
+
+/// Adds the device `cuda` and the transport `nccl`.
+pub fn register(registry: &mut Registry) {
+    let driver = device::DriverCell::default();
+    registry.add_device(device::CudaProvider::new(driver.clone()));
+    registry.add_transport(NcclProvider::new(driver));
+}

@@ -16,7 +16,8 @@ Examples:
   ckpt doctor
   ckpt doctor --json | jq '.transports[] | select(.available)'
 
-A transport or device that is not available is no error. The exit code is 1 if a check under `system` has failed.")]
+A transport or device that is not available is no error. The exit code is 1 if a check under
+`system` has failed.")]
 pub(crate) struct DoctorArgs {}
 
 #[derive(Serialize)]

@@ -1,7 +1,9 @@
 //! The commands. A new one is a file here, a `mod` line and a line in the list below.
 
+mod demo;
 mod doctor;
 mod launch;
+mod update;
 mod worker;
 
 use std::process::ExitCode;
@@ -26,6 +28,8 @@ macro_rules! commands {
 }
 
 commands! {
+    Demo(demo::DemoArgs),
+    Update(update::UpdateArgs),
     Doctor(doctor::DoctorArgs),
     Launch(launch::LaunchArgs),
     Worker(worker::WorkerArgs),

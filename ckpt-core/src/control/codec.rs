@@ -205,8 +205,9 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use super::super::message::{CommunicatorChoice, Hello, Joining, Member};
     use super::*;
-    use crate::{Epoch, Key};
+    use crate::{Epoch, Key, Version};
 
     async fn first<T: Message>(bytes: Vec<u8>) -> Result<T, ReceiveError> {
         Receiver::new(Box::new(Cursor::new(bytes))).next().await
@@ -257,6 +258,84 @@ mod tests {
         frame[3] += 1;
         frame.push(0);
         assert!(matches!(first::<ToRank>(frame).await, Err(ReceiveError::Malformed(_))));
+    }
+
+    /// Every message, so that a change of the protocol is seen here.
+    fn every_message() -> (Vec<ToHub>, Vec<ToRank>) {
+        let cause = || Error::new(ErrorKind::Timeout, "wait", "too long").with(Key::Rank, 1);
+        let (epoch, name, host) = (Epoch(u64::MAX), || "n".to_owned(), || "h".to_owned());
+        let hello = Hello {
+            protocol: 1,
+            job: "j".into(),
+            token: Bytes::from_static(b"t"),
+            rank: 3,
+            world_size: 4,
+            incarnation: 5,
+            host: host(),
+            pid: 6,
+        };
+        let joining = Joining {
+            checkpoint: "c".into(),
+            version: Version(1),
+            ranks: vec![0, 300],
+            device_uuid: "GPU-x".into(),
+            endpoint: Some("ipc://x".into()),
+            free_bytes: 1 << 40,
+            communicator: Some(epoch),
+            token: None,
+        };
+        let member =
+            Member { rank: 1, host: host(), pid: 2, device_uuid: "d".into(), endpoint: None, free_bytes: 0 };
+        let part = Bytes::from_static(b"part");
+        let to_hub = vec![
+            ToHub::Hello(hello),
+            ToHub::Alive,
+            ToHub::Gather { name: name(), part: part.clone() },
+            ToHub::Join(joining),
+            ToHub::Ready { epoch, plan_digest: 9 },
+            ToHub::Loaded { epoch },
+            ToHub::Finished { epoch, failure: None },
+            ToHub::Finished { epoch, failure: Some(cause()) },
+            ToHub::Failed { epoch: None, cause: cause() },
+            ToHub::Bye,
+            ToHub::Opened { epoch },
+        ];
+        let communicators = [CommunicatorChoice::Reuse(epoch), CommunicatorChoice::Build(part.clone())];
+        let mut to_rank = vec![
+            ToRank::Welcome { heartbeat_ms: 1, dead_after_ms: 2 },
+            ToRank::Refused { cause: cause() },
+            ToRank::Alive,
+            ToRank::Gathered { name: name(), parts: vec![part, Bytes::new()] },
+            ToRank::GatherFailed { name: name(), cause: cause() },
+            ToRank::Go { epoch },
+            ToRank::Committed { epoch },
+            ToRank::Closed { epoch, failure: Some(cause()) },
+            ToRank::Abort { epoch: Some(epoch), cause: cause() },
+            ToRank::AllOpened { epoch },
+        ];
+        to_rank.extend(communicators.map(|communicator| ToRank::Begin {
+            epoch,
+            members: vec![member.clone(), member.clone()],
+            communicator,
+        }));
+        (to_hub, to_rank)
+    }
+
+    #[test]
+    fn every_message_round_trips_and_no_cut_or_longer_one_is_taken_for_it() {
+        fn check<T: Message + std::fmt::Debug>(message: &T) {
+            let frame = encode(message, FRAME_BYTES).unwrap();
+            let body = &frame[LENGTH_BYTES..];
+            let back: T = decode(body).unwrap();
+            assert_eq!(format!("{back:?}"), format!("{message:?}"));
+            for cut in 0..body.len() {
+                assert!(decode::<T>(&body[..cut]).is_err(), "{message:?} cut to {cut}");
+            }
+            assert!(decode::<T>(&[body, &[0]].concat()).is_err(), "{message:?}");
+        }
+        let (to_hub, to_rank) = every_message();
+        to_hub.iter().for_each(check);
+        to_rank.iter().for_each(check);
     }
 
     #[test]

@@ -44,30 +44,22 @@ enum Attempt {
     Never(Error),
 }
 
-/// Joins over TCP. Rank 0 may not have started yet.
-pub(super) async fn over_tcp(config: &SessionConfig) -> Result<Connected> {
-    try_until(config, |deadline| attempt(config, deadline)).await
+/// How the hub is reached.
+#[derive(Clone, Copy)]
+pub(super) enum Way<'a> {
+    /// Over TCP, by the configured address.
+    Tcp,
+    /// Inside this process.
+    InProcess(&'a Hub),
 }
 
-/// Joins a hub of this process.
-pub(super) async fn in_process(hub: &Hub, config: &SessionConfig) -> Result<Connected> {
-    try_until(config, async |deadline| {
-        let (read, write) = tokio::io::split(hub.attach());
-        greet(config, read, write, deadline).await
-    })
-    .await
-}
-
-/// Tries until the hub welcomes or refuses for good, or the join deadline passes.
-async fn try_until(
-    config: &SessionConfig,
-    mut attempt: impl AsyncFnMut(Instant) -> Result<Connected, Attempt>,
-) -> Result<Connected> {
+/// Tries until the hub welcomes or refuses for good, or the join deadline passes: rank 0 may start later.
+pub(super) async fn connect(config: &SessionConfig, way: Way<'_>) -> Result<Connected> {
     let deadline = Instant::now() + config.deadlines.join;
     let mut refused_until = None;
     let mut pause = FIRST_PAUSE;
     loop {
-        let error = match attempt(deadline).await {
+        let error = match attempt(config, way, deadline).await {
             Ok(connected) => return Ok(connected),
             Err(Attempt::Never(error)) => return Err(error),
             Err(Attempt::Again(error)) => error,
@@ -106,7 +98,11 @@ fn give_up(config: &SessionConfig, last: &Error) -> Error {
     )
 }
 
-async fn attempt(config: &SessionConfig, deadline: Instant) -> Result<Connected, Attempt> {
+async fn attempt(config: &SessionConfig, way: Way<'_>, deadline: Instant) -> Result<Connected, Attempt> {
+    if let Way::InProcess(hub) = way {
+        let (read, write) = tokio::io::split(hub.attach());
+        return greet(config, read, write, deadline).await;
+    }
     let stream =
         open(&config.address, deadline.min(Instant::now() + TRY_FOR)).await.map_err(Attempt::Again)?;
     if let Err(error) = stream.set_nodelay(true) {

@@ -30,6 +30,8 @@ mod message;
 mod server;
 mod server_core;
 mod server_gate;
+#[cfg(test)]
+mod server_tests;
 mod session;
 mod session_task;
 mod token;

@@ -86,22 +86,23 @@ impl Core {
 
     pub(super) async fn run(mut self, mut queue: mpsc::Receiver<Input>, cancel: CancellationToken) {
         loop {
-            let wake = self.machine.poll_timeout().map(|at| self.start + at);
+            // At least once a heartbeat, so that the machine can tell a hub that was stopped from ranks that are silent.
+            let tick = Instant::now() + self.options.deadlines.heartbeat;
+            let wake = self.machine.poll_timeout().map_or(tick, |at| tick.min(self.start + at));
             let input = tokio::select! {
                 biased;
                 () = cancel.cancelled() => break,
                 input = queue.recv() => input,
-                () = sleep_until(wake) => None,
+                () = tokio::time::sleep_until(wake.into()) => None,
             };
             match input {
                 Some(input) => self.handle(input),
                 None => {
-                    let now = self.now();
-                    if let Some(late) = wake.and_then(|wake| Instant::now().checked_duration_since(wake))
-                        && late > self.options.deadlines.dead_after / 2
-                    {
+                    let late = Instant::now().saturating_duration_since(wake);
+                    if late > self.options.deadlines.dead_after / 2 {
                         tracing::warn!(?late, "the hub's process did not run for a while");
                     }
+                    let now = self.now();
                     self.machine.handle_timeout(now);
                 }
             }
@@ -267,13 +268,6 @@ impl Core {
 /// Whether two lists hold the same bytes in the same places; cheaper than comparing megabytes.
 fn same_memory(a: &[Bytes], b: &[Bytes]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.as_ptr() == b.as_ptr() && a.len() == b.len())
-}
-
-async fn sleep_until(wake: Option<Instant>) {
-    match wake {
-        Some(wake) => tokio::time::sleep_until(wake.into()).await,
-        None => std::future::pending().await,
-    }
 }
 
 async fn write_frames(mut io: BoxWrite, mut frames: mpsc::Receiver<Bytes>, ended: CancellationToken) {

@@ -13,7 +13,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::{
     address::HubAddress,
     codec::{FRAME_BYTES, PROTOCOL_VERSION, encode},
-    connect,
+    connect::{self, Way},
     message::{Hello, ToHub, ToRank},
     server::Hub,
     session_task,
@@ -133,13 +133,13 @@ pub struct Session {
 impl Session {
     /// Joins the job. Rank 0 may start its hub later: connecting is tried until the join deadline.
     pub async fn connect(config: SessionConfig) -> Result<Session> {
-        let connected = connect::over_tcp(&config).await?;
+        let connected = connect::connect(&config, Way::Tcp).await?;
         Ok(Self::start(config, connected))
     }
 
     /// Joins a hub of this process without a socket; `config.address` is only used in messages.
     pub async fn in_process(hub: &Hub, config: SessionConfig) -> Result<Session> {
-        let connected = connect::in_process(hub, &config).await?;
+        let connected = connect::connect(&config, Way::InProcess(hub)).await?;
         Ok(Self::start(config, connected))
     }
 
@@ -186,7 +186,7 @@ impl Session {
     }
 
     /// Sends this rank's part of the gather `name` and returns every rank's, in rank order. All ranks of the job must
-    /// call it with the same name; a name can be used again when the earlier gather is over on all ranks.
+    /// call it with the same name. A name needs a counter: the hub remembers those of gathers that failed.
     pub async fn gather(&self, name: &str, part: Bytes, deadline: Instant) -> Result<Vec<Bytes>> {
         let (reply, answer) = oneshot::channel();
         let waiting = WaitingGather::new(&self.shared, name, reply)?;

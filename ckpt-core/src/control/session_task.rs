@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     sync::{Arc, Mutex, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -17,6 +17,9 @@ use super::{
     session::{Outgoing, Shared, session_dropped},
 };
 use crate::error::{Error, ErrorKind, Key, Result};
+
+/// For last words: of the hub, when the connection cannot be written any more, and of a session that was dropped.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// When the heartbeats that wait for an answer were sent. The hub answers in order.
 type Unanswered = Arc<Mutex<VecDeque<Instant>>>;
@@ -32,9 +35,10 @@ pub(super) fn spawn(
     tokio::spawn(async move {
         let end = tokio::select! {
             biased;
-            () = cancel.cancelled() => session_dropped(),
             end = read(&shared, connected.receiver, &unanswered) => end,
-            end = write(&shared, connected.writer, outgoing, &unanswered) => end,
+            end = write(&shared, connected.writer, outgoing, &unanswered, &cancel) => end,
+            // The writer goes by itself, unless the hub takes nothing.
+            () = async { cancel.cancelled().await; tokio::time::sleep(LAST_WORDS).await } => session_dropped(),
         };
         tracing::debug!(rank = shared.config.rank, %end, "the session has ended");
         shared.lose(end);
@@ -46,6 +50,7 @@ async fn write(
     mut io: BoxWrite,
     mut outgoing: mpsc::Receiver<Outgoing>,
     unanswered: &Unanswered,
+    cancel: &CancellationToken,
 ) -> Error {
     let alive = match encode(&ToHub::Alive, FRAME_BYTES) {
         Ok(frame) => frame,
@@ -53,7 +58,11 @@ async fn write(
     };
     let mut beat = tokio::time::interval(shared.heartbeat);
     beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let broken = |e: std::io::Error| hub_lost(shared, &format!("the connection broke: {e}"));
+    // The hub may have said its last words before it went: `read` takes them first and then finds the end itself.
+    let broken = async |e: std::io::Error| {
+        tokio::time::sleep(LAST_WORDS).await;
+        hub_lost(shared, &format!("the connection broke: {e}"))
+    };
     loop {
         let frame: Bytes = tokio::select! {
             biased;
@@ -66,19 +75,24 @@ async fn write(
                 Outgoing::Frame(frame) => frame,
                 Outgoing::Last(frame) => {
                     if let Err(e) = async { io.write_all(&frame).await?; io.shutdown().await }.await {
-                        return broken(e);
+                        return broken(e).await;
                     }
                     // The hub closes its half in answer, which ends `read`.
                     return std::future::pending().await;
                 }
             },
+            // Comes last: what was queued before the session was dropped, such as a failure, still goes out.
+            () = cancel.cancelled() => {
+                let _ = io.shutdown().await;
+                return session_dropped();
+            }
         };
         let written = async {
             io.write_all(&frame).await?;
             io.flush().await
         };
         if let Err(e) = written.await {
-            return broken(e);
+            return broken(e).await;
         }
     }
 }

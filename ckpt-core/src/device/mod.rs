@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 pub use buffer::{Buffer, BufferSlice, MemoryKind};
 pub use host::runtime_dir;
-pub use stream::{Event, EventState, HostJob, HostStream, RawStream, Stream};
+pub use stream::{Event, EventState, HostJob, HostStream, OnAbort, RawStream, Stream};
 
 use crate::{error::Result, transport::Probe};
 

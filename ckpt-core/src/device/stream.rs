@@ -27,6 +27,12 @@ pub trait Stream: Send + Sync + fmt::Debug {
     fn host(&self) -> Option<&dyn HostStream>;
     /// Copies `src` to `dst` (equal lengths) when the work before it is done. Both stay alive until then.
     fn copy(&self, src: BufferSlice, dst: BufferSlice) -> Result<()>;
+    /// Keeps `slices` alive as long as the work enqueued so far: for a transport that enqueued on [`Stream::raw`] by
+    /// itself. To be called after that work was enqueued and before the event that stands for it is recorded.
+    fn keep_alive(&self, slices: Vec<BufferSlice>) -> Result<()> {
+        // A copy of no bytes owns its slices until the stream has passed it, on every device.
+        slices.into_iter().try_for_each(|s| s.slice(0..0).and_then(|none| self.copy(none.clone(), none)))
+    }
     /// An event that completes when all work enqueued so far is done; it keeps that work's memory alive.
     fn record(&self) -> Result<Event>;
     /// Work enqueued after this starts only when `event` has completed.
@@ -43,11 +49,20 @@ pub trait HostStream: Send + Sync {
 pub struct HostJob {
     /// For traces: `h2d`, `broadcast`.
     pub label: &'static str,
-    /// Every range that the work may write. The adversarial host device fills them with garbage when the work was
-    /// aborted, as an accelerator may.
-    pub writes: Vec<BufferSlice>,
+    /// What the adversarial host device makes of it when it is aborted.
+    pub on_abort: OnAbort,
     /// The work. It must end by itself (by its own deadline or by abort).
     pub run: BoxFuture<'static, Result<()>>,
+}
+
+/// How work may end that was aborted or lost its peer.
+#[derive(Clone, Debug)]
+pub enum OnAbort {
+    /// Its event fails.
+    Fails,
+    /// As on an accelerator, its event may succeed over garbage in these ranges: whoever waits must then look whether
+    /// the communicator was poisoned.
+    MaySucceed(Vec<BufferSlice>),
 }
 
 impl fmt::Debug for HostJob {

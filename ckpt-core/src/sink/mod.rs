@@ -6,16 +6,20 @@ mod gate;
 mod layout;
 mod native;
 mod pickle;
+mod protocol;
+mod stream;
 mod zmtp;
 
 use std::time::Instant;
+
+use async_trait::async_trait;
 
 pub use checkpoint_engine::{CheckpointEngineSink, WireVersion, release_stranded_workers};
 pub(crate) use gate::check_private_dir;
 pub use layout::Layout;
 pub use native::{NativeSink, NativeSinkConfig};
-
-use async_trait::async_trait;
+pub use protocol::WorkerProtocol;
+pub use stream::{StreamBucket, StreamSink, StreamTensor, TensorStream, stream};
 
 use crate::{
     device::Ring,

@@ -1,9 +1,11 @@
-//! For tests: whole clusters in one thread and virtual time, and an exhaustive search of small ones.
+//! For tests: whole clusters in one thread and virtual time, an exhaustive search of small ones, and the behaviour that
+//! every device and transport must show ([`conformance`]).
 //!
 //! [`SimCluster`] runs real update machines and a real hub over modelled rings, links, workers and engines, with one
 //! injected fault, and checks the laws of `docs/ARCHITECTURE.md` at every step. [`explore`] visits every interleaving
 //! of a small cluster. Nothing here is meant for production code.
 
+pub mod conformance;
 mod explore;
 mod fault;
 mod law;

@@ -4,7 +4,7 @@ use futures_util::{FutureExt, future::BoxFuture};
 
 use super::{CollectiveOp, GroupSpec};
 use crate::{
-    device::{Event, HostJob, MemoryKind, Stream},
+    device::{Event, HostJob, MemoryKind, OnAbort, Stream},
     error::{Error, ErrorKind, Key, Result},
 };
 
@@ -85,7 +85,11 @@ impl Order {
             stream.wait(last)?;
         }
         let writes = ops.iter().filter(|op| op.root != rank).map(|op| op.buffer.clone()).collect();
-        host.submit(HostJob { label: "broadcast", writes, run: run(ops).boxed() })?;
+        host.submit(HostJob {
+            label: "broadcast",
+            on_abort: OnAbort::MaySucceed(writes),
+            run: run(ops).boxed(),
+        })?;
         let event = stream.record()?;
         self.last = Some(event.clone());
         Ok(event)

@@ -90,7 +90,8 @@ pub fn loader_reason(error: &(dyn std::error::Error + 'static)) -> String {
 }
 
 /// Existing folders `<site-packages>/<package>` of the Python environments that this process can know of: the active
-/// virtual environment, Conda, `PYTHONPATH`, the user's and the system's. pip is how many of these libraries come.
+/// virtual environment, Conda, `PYTHONPATH`, that of the `python3` on the `PATH`, the user's and the system's. pip is
+/// how many of these libraries come.
 pub fn python_package_folders(package: &str, env: &dyn Fn(&str) -> Option<String>) -> Vec<PathBuf> {
     let mut sites: Vec<PathBuf> = env("PYTHONPATH")
         .iter()
@@ -98,6 +99,7 @@ pub fn python_package_folders(package: &str, env: &dyn Fn(&str) -> Option<String
         .filter(|path| path.is_absolute())
         .collect();
     let prefixes = ["VIRTUAL_ENV", "CONDA_PREFIX"].iter().filter_map(|name| env(name)).map(PathBuf::from);
+    let prefixes = prefixes.chain(env("PATH").map(|path| path_python_prefixes(&path)).unwrap_or_default());
     let user = env("HOME").map(|home| Path::new(&home).join(".local"));
     for prefix in prefixes.chain(user).chain(["/usr/local", "/usr"].map(PathBuf::from)) {
         let mut pythons: Vec<PathBuf> = std::fs::read_dir(prefix.join("lib"))
@@ -113,7 +115,27 @@ pub fn python_package_folders(package: &str, env: &dyn Fn(&str) -> Option<String
             sites.push(python.join("dist-packages"));
         }
     }
-    sites.into_iter().map(|site| site.join(package)).filter(|folder| folder.is_dir()).collect()
+    let mut folders: Vec<PathBuf> = Vec::new();
+    for folder in sites.into_iter().map(|site| site.join(package)).filter(|folder| folder.is_dir()) {
+        if !folders.contains(&folder) {
+            folders.push(folder);
+        }
+    }
+    folders
+}
+
+/// Where the `python3` that a user would start lives. In a virtual environment it is a link to another one.
+fn path_python_prefixes(path: &str) -> Vec<PathBuf> {
+    let mut prefixes = Vec::new();
+    let found = std::env::split_paths(path).map(|folder| folder.join("python3")).find(|python| python.exists());
+    let mut next = found;
+    // Links in a ring would never end.
+    for _ in 0..8 {
+        let Some(python) = next else { break };
+        prefixes.extend(python.parent().and_then(Path::parent).map(Path::to_path_buf));
+        next = std::fs::read_link(&python).ok().and_then(|to| python.parent().map(|folder| folder.join(to)));
+    }
+    prefixes
 }
 
 /// The error with which a provider answers `open` when its probe says no.
@@ -185,6 +207,14 @@ mod tests {
         let prefix = root.path().to_string_lossy().into_owned();
         let found =
             python_package_folders("mooncake", &|name| (name == "VIRTUAL_ENV").then(|| prefix.clone()));
+        assert_eq!(found.first(), Some(&package));
+        // Through the python3 on the PATH, by way of a link.
+        let (bin, path) = (root.path().join("bin"), tempfile::tempdir().unwrap());
+        std::fs::create_dir(&bin).unwrap();
+        std::fs::write(bin.join("python3"), b"").unwrap();
+        std::os::unix::fs::symlink(bin.join("python3"), path.path().join("python3")).unwrap();
+        let path = path.path().to_string_lossy().into_owned();
+        let found = python_package_folders("mooncake", &|name| (name == "PATH").then(|| path.clone()));
         assert_eq!(found.first(), Some(&package));
     }
 }

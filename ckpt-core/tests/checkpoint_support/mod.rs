@@ -1,5 +1,9 @@
 //! A device that only counts what it pins, and small helpers.
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "each test file uses a part, and ends at the first surprise"
+)]
 
 use std::{
     path::{Path, PathBuf},

@@ -4,7 +4,7 @@
 //! the contracts of [`Stream`] and [`Ring`] allow, so that a wait that is missing anywhere fails a test on a CPU:
 //! - work runs only when somebody waits for an event behind it (through [`Stream::wait`] too), never earlier;
 //! - ring bytes are [`POISON`] when new and when freed;
-//! - aborted work "succeeds", and leaves garbage in [`crate::device::HostJob::writes`].
+//! - aborted work "succeeds", and leaves garbage, where [`crate::device::OnAbort`] allows it.
 
 mod adversary;
 mod event;

@@ -16,7 +16,7 @@ use super::{
     event::{Completion, HostEvent},
 };
 use crate::{
-    device::{BufferSlice, DeviceBackend, Event, HostJob, HostStream, RawStream, Stream},
+    device::{BufferSlice, DeviceBackend, Event, HostJob, HostStream, OnAbort, RawStream, Stream},
     error::{Error, ErrorKind, Result},
 };
 
@@ -121,7 +121,7 @@ impl Shared {
     }
 
     async fn run_job(&self, job: HostJob) -> Result<()> {
-        let HostJob { label, writes, run } = job;
+        let HostJob { label, on_abort, run } = job;
         let outcome = AssertUnwindSafe(run).catch_unwind().await.unwrap_or_else(|panic| {
             let text = panic
                 .downcast_ref::<&str>()
@@ -130,16 +130,16 @@ impl Shared {
                 .unwrap_or_default();
             Err(Error::new(ErrorKind::Internal, label, format!("the job panicked: {text}")))
         });
-        match (&self.adversary, outcome) {
+        match (&self.adversary, on_abort, outcome) {
             // As on an accelerator: the aborted kernel ends normally, over garbage.
-            (Some(adversary), Err(error))
+            (Some(adversary), OnAbort::MaySucceed(writes), Err(error))
                 if matches!(error.kind(), ErrorKind::Aborted | ErrorKind::PeerLost) =>
             {
                 tracing::debug!(stream = self.label, %error, "aborted work ends as if it had succeeded");
                 adversary.scribble(&writes);
                 Ok(())
             }
-            (_, outcome) => outcome,
+            (_, _, outcome) => outcome,
         }
     }
 }

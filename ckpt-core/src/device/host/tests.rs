@@ -9,7 +9,7 @@ use std::{
 use futures_util::FutureExt;
 
 use super::*;
-use crate::device::{Event, HostJob};
+use crate::device::{Event, HostJob, OnAbort};
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(20)
@@ -22,7 +22,11 @@ fn device() -> (HostDevice, tempfile::TempDir) {
 }
 
 fn submit(stream: &Arc<dyn Stream>, run: impl Future<Output = Result<()>> + Send + 'static) {
-    stream.host().unwrap().submit(HostJob { label: "test", writes: Vec::new(), run: run.boxed() }).unwrap();
+    stream
+        .host()
+        .unwrap()
+        .submit(HostJob { label: "test", on_abort: OnAbort::Fails, run: run.boxed() })
+        .unwrap();
 }
 
 fn failed() -> Error {
@@ -177,7 +181,8 @@ async fn the_adversarys_aborted_work_succeeds_over_garbage() {
     let memory = HostBuffer::from_bytes(&[7; 64]).unwrap();
     let stream = device.stream("a").unwrap();
     let aborted = async { Err(Error::new(ErrorKind::PeerLost, "test", "a peer died")) };
-    let job = HostJob { label: "test", writes: vec![memory.slice()], run: aborted.boxed() };
+    let job =
+        HostJob { label: "test", on_abort: OnAbort::MaySucceed(vec![memory.slice()]), run: aborted.boxed() };
     stream.host().unwrap().submit(job).unwrap();
     let event: Event = stream.record().unwrap();
     event.done(soon()).await.unwrap();

@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use super::{Hub, LocalTransport};
 use crate::{
-    device::{Buffer, Event, HostJob, host},
+    device::{Buffer, Event, HostJob, OnAbort, host},
     error::{Error, ErrorKind, Key, Result},
     transport::{
         OneSided, ReadOp, Registration,
@@ -44,9 +44,8 @@ impl OneSided for LocalTransport {
             }
         }
         let hub = self.hub.clone();
-        let writes = batch.iter().map(|op| op.into.clone()).collect();
         let run = Box::pin(async move { read(&hub, batch, deadline).await });
-        host::submit_alone(&*self.device, HostJob { label: "read", writes, run })
+        host::submit_alone(&*self.device, HostJob { label: "read", on_abort: OnAbort::Fails, run })
     }
 }
 

@@ -24,7 +24,7 @@ use super::{
     wire::{Hello, Id, Purpose, ReadRequest, broken, decode, encode, introduce},
 };
 use crate::{
-    device::{Buffer, BufferSlice, Event, HostJob, host},
+    device::{Buffer, BufferSlice, Event, HostJob, OnAbort, host},
     error::{Error, ErrorKind, Key, Result},
     transport::{
         OneSided, ReadOp, Registration, RemoteRegion,
@@ -147,9 +147,8 @@ impl OneSided for TcpTransport {
             cut(op, owners.entry(owner).or_default())?;
         }
         let node = self.node.clone();
-        let writes = batch.into_iter().map(|op| op.into).collect();
         let run = Box::pin(async move { read_all(node, owners, deadline).await });
-        host::submit_alone(&*self.node.device, HostJob { label: "read", writes, run })
+        host::submit_alone(&*self.node.device, HostJob { label: "read", on_abort: OnAbort::Fails, run })
     }
 }
 

@@ -1,0 +1,175 @@
+//! One rank of a job: session, device, transport and parameter server, from the options that all such commands share.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, ToSocketAddrs, UdpSocket},
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use ckpt_core::{
+    Error, ErrorKind, Key,
+    control::{self, JobOptions},
+    deadlines::Deadlines,
+    device::{DeviceConfig, runtime_dir},
+    plan::PlanLimits,
+    server::{ParameterServer, ServerConfig},
+    transport::{Registry, Requirement, TransportConfig},
+};
+use clap::Args;
+
+/// Options of every command that is a rank of a job
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Job")]
+pub(crate) struct JobArgs {
+    /// How bytes reach other ranks: a name, or `auto` for the first that works here
+    #[arg(long, default_value = "auto", value_name = "NAME")]
+    pub(crate) transport: String,
+    /// Where the weights go: a kind, or `auto` for the first that works here
+    #[arg(long, default_value = "auto", value_name = "KIND")]
+    pub(crate) device: String,
+    /// File with the job's secret; else CKPT_TOKEN, and ranks on one host need none
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Connections between two ranks, for transports that stripe
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64), value_name = "N")]
+    connections: u8,
+    /// Time for all ranks to come
+    #[arg(long, default_value = "60", value_parser = seconds, value_name = "SECONDS")]
+    join_timeout: Duration,
+    /// Time for one bucket
+    #[arg(long, default_value = "30", value_parser = seconds, value_name = "SECONDS")]
+    bucket_timeout: Duration,
+    /// Time for a whole update
+    #[arg(long, default_value = "300", value_parser = seconds, value_name = "SECONDS")]
+    timeout: Duration,
+    /// Aim at buckets of this size
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1 << 20), value_name = "MIB")]
+    bucket_mib: Option<u64>,
+}
+
+/// A time limit: more than nothing and at most a day.
+fn seconds(text: &str) -> Result<Duration, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if seconds > 0.0 && seconds <= 86_400.0 => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err("write seconds above 0 and at most 86400".to_owned()),
+    }
+}
+
+/// A rank that has joined its job.
+pub(crate) struct Rank {
+    pub(crate) job: control::Job,
+    pub(crate) server: ParameterServer,
+    pub(crate) transport: &'static str,
+    pub(crate) runtime_dir: PathBuf,
+    join: Duration,
+    gathers: u64,
+}
+
+impl Rank {
+    /// Joins the job that the environment describes and opens what the options name.
+    pub(crate) async fn start(args: &JobArgs, registry: &Registry) -> anyhow::Result<Self> {
+        let env = |name: &str| std::env::var(name).ok();
+        let deadlines = Deadlines {
+            join: args.join_timeout,
+            bucket: args.bucket_timeout,
+            total: args.timeout,
+            ready: args.timeout,
+            ..Deadlines::default()
+        };
+        let mut limits = PlanLimits::from_env(&env).map_err(Error::from)?;
+        if let Some(mib) = args.bucket_mib {
+            limits.target_bucket_bytes = mib << 20;
+        }
+        let runtime_dir = runtime_dir()?;
+        let options = JobOptions::detect(&env, args.token_file.as_deref(), runtime_dir.clone(), deadlines)?;
+        let cluster = options.cluster.clone();
+        let device_config = DeviceConfig {
+            rank: cluster.rank,
+            local_rank: cluster.local_rank,
+            runtime_dir: runtime_dir.clone(),
+        };
+        let device = registry.open_device(&args.device, &device_config)?;
+        let job = control::Job::join(options).await?;
+        let bind = if cluster.is_single_host() {
+            IpAddr::V4(Ipv4Addr::LOCALHOST)
+        } else {
+            address_towards(&cluster.hub.host, cluster.hub.port)?
+        };
+        let config = TransportConfig {
+            bind,
+            runtime_dir: runtime_dir.clone(),
+            secret: job.session.secret()?.reveal().to_vec(),
+            connections: usize::from(args.connections),
+            device: device.clone(),
+        };
+        let required = Requirement {
+            collective: cluster.world_size > 1,
+            one_sided: false,
+            across_processes: cluster.world_size > 1,
+            across_hosts: !cluster.is_single_host(),
+        };
+        let transport = registry.open_transport(&args.transport, &config, required)?;
+        let name = transport.name();
+        tracing::info!(rank = cluster.rank, transport = name, device = device.kind(), "joined the job");
+        let server = ParameterServer::new(ServerConfig {
+            session: job.session.clone(),
+            device,
+            transport,
+            deadlines,
+            limits,
+        });
+        Ok(Self { job, server, transport: name, runtime_dir, join: args.join_timeout, gathers: 0 })
+    }
+
+    /// This rank's number.
+    pub(crate) fn rank(&self) -> u32 {
+        self.job.cluster.rank
+    }
+
+    /// Ranks of the job.
+    pub(crate) fn world_size(&self) -> u32 {
+        self.job.cluster.world_size
+    }
+
+    /// Collective: the largest of all ranks' `seconds`.
+    pub(crate) async fn slowest(&mut self, what: &str, seconds: f64) -> anyhow::Result<f64> {
+        self.gathers += 1;
+        let name = format!("slowest {what} {}", self.gathers);
+        let part = Bytes::copy_from_slice(&seconds.to_le_bytes());
+        let parts = self.job.session.gather(&name, part, Instant::now() + self.join).await?;
+        let times = parts.iter().filter_map(|p| Some(f64::from_le_bytes((**p).try_into().ok()?)));
+        Ok(times.fold(0.0, f64::max))
+    }
+
+    /// Leaves the job. After a success all ranks leave together, since the hub ends with rank 0.
+    pub(crate) async fn end(self, well: bool) {
+        if well && let Err(error) = self.job.session.barrier("leave", Instant::now() + self.join).await {
+            tracing::debug!(%error, "left without the others");
+        }
+        self.job.leave().await;
+    }
+}
+
+/// This host's address on the way to the hub. Connecting a UDP socket sends nothing.
+fn address_towards(host: &str, port: u16) -> Result<IpAddr, Error> {
+    let find = || {
+        let hub = (host, port).to_socket_addrs()?.next().ok_or(std::io::ErrorKind::AddrNotAvailable)?;
+        let any: IpAddr = match hub {
+            std::net::SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            std::net::SocketAddr::V6(_) => std::net::Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let socket = UdpSocket::bind((any, 0))?;
+        socket.connect(hub)?;
+        socket.local_addr()
+    };
+    find().map(|address| address.ip()).map_err(|error: std::io::Error| {
+        Error::new(
+            ErrorKind::ConfigInvalid,
+            "find this host's address",
+            "there is no way to the hub; check MASTER_ADDR",
+        )
+        .with(Key::Endpoint, format!("{host}:{port}"))
+        .caused_by(error)
+    })
+}

@@ -1,0 +1,231 @@
+//! Device memory, pinned host memory and mappings of another process's device memory.
+
+use std::{fmt, sync::Arc};
+
+use ckpt_core::{
+    Error, ErrorKind, Result,
+    device::{Buffer, MemoryKind},
+};
+
+use super::driver::{Context, Functions, IpcHandle};
+use crate::error::{CUDA_INVALID_VALUE, CUDA_NOT_SUPPORTED};
+
+/// Allocations are rounded up to this: smaller ones share a block, and a block is what is exported.
+pub(crate) const GRANULE: u64 = 2 << 20;
+
+/// A `cuMemAlloc` block.
+pub(crate) struct DeviceMemory {
+    pub(crate) context: Arc<Context>,
+    address: u64,
+    len_bytes: u64,
+}
+
+impl fmt::Debug for DeviceMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DeviceMemory({:#x}, {} bytes)", self.address, self.len_bytes)
+    }
+}
+
+impl DeviceMemory {
+    /// At least `len_bytes`, as a block of its own.
+    pub(crate) fn allocate(context: &Arc<Context>, len_bytes: u64) -> Result<Self> {
+        let rounded = len_bytes.max(1).checked_next_multiple_of(GRANULE).ok_or_else(|| {
+            Error::new(
+                ErrorKind::ConfigInvalid,
+                "allocate device memory",
+                format!("{len_bytes} bytes are too many"),
+            )
+        })?;
+        let mut address = 0;
+        // SAFETY: writes one device pointer.
+        let allocate = |f: &Functions| unsafe { (f.memory_alloc)(&mut address, rounded as usize) };
+        context.run("allocate device memory", allocate).map_err(|error| match error.kind() {
+            ErrorKind::ResourceExhausted => explain_exhaustion(context, rounded, error),
+            _ => error,
+        })?;
+        Ok(Self { context: context.clone(), address, len_bytes: rounded })
+    }
+}
+
+fn explain_exhaustion(context: &Context, wanted: u64, error: Error) -> Error {
+    let free = free_memory(context).map_or("an unknown number of".to_owned(), |free| free.to_string());
+    Error::new(
+        ErrorKind::ResourceExhausted,
+        "allocate device memory",
+        format!(
+            "{wanted} bytes were asked for and {free} are free; lower --mem-fraction or the engine's share"
+        ),
+    )
+    .caused_by(error)
+}
+
+/// Free bytes of the context's device.
+pub(crate) fn free_memory(context: &Context) -> Result<u64> {
+    let (mut free, mut total) = (0usize, 0usize);
+    // SAFETY: writes two integers.
+    context.run("read free device memory", |f| unsafe { (f.memory_info)(&mut free, &mut total) })?;
+    Ok(free as u64)
+}
+
+// SAFETY: the block is allocated until drop, and drop runs when nobody holds the buffer.
+unsafe impl Buffer for DeviceMemory {
+    fn address(&self) -> u64 {
+        self.address
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    fn memory(&self) -> MemoryKind {
+        MemoryKind::Device
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `allocate`, freed once. Work that used it is over: it held a slice until then.
+        let freed = self.context.run("free device memory", |f| unsafe { (f.memory_free)(self.address) });
+        if let Err(error) = freed {
+            tracing::debug!(%error, "device memory was not freed");
+        }
+    }
+}
+
+/// Host memory that is registered with the driver.
+pub(crate) struct PinnedMemory {
+    context: Arc<Context>,
+    memory: Arc<dyn Buffer>,
+    /// First page; none for an empty buffer.
+    registered: Option<usize>,
+}
+
+impl fmt::Debug for PinnedMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PinnedMemory({:#x}, {} bytes)", self.memory.address(), self.memory.len_bytes())
+    }
+}
+
+impl PinnedMemory {
+    /// For memory that is mapped without the right to write.
+    const READ_ONLY: u32 = 8;
+
+    /// Registers the pages of `memory`.
+    pub(crate) fn register(context: &Arc<Context>, memory: Arc<dyn Buffer>) -> Result<Self> {
+        if memory.memory() != MemoryKind::Host {
+            return Err(Error::new(ErrorKind::Internal, "pin host memory", "the memory is on a device"));
+        }
+        if memory.len_bytes() == 0 {
+            return Ok(Self { context: context.clone(), memory, registered: None });
+        }
+        let page = rustix::param::page_size() as u64;
+        let first = memory.address() / page * page;
+        let len = (memory.address() + memory.len_bytes()).next_multiple_of(page) - first;
+        let register = |flags: u32| -> Result<i32> {
+            let _bound = context.bind()?;
+            // SAFETY: `Buffer` promises that the range is mapped while `memory` lives, whole pages always are, and
+            // drop unregisters before `memory` goes.
+            Ok(unsafe { (context.driver.functions.host_register)(first as usize, len as usize, flags) })
+        };
+        let mut code = register(0)?;
+        if [CUDA_INVALID_VALUE, CUDA_NOT_SUPPORTED].contains(&code) && register(Self::READ_ONLY)? == 0 {
+            // The mapping has no write permission: now it is registered as such.
+            code = 0;
+        }
+        context.driver.check("pin host memory", code).map_err(|error| {
+            let message = format!(
+                "the driver refused {len} bytes; check `ulimit -l` and that nobody pinned them before"
+            );
+            Error::new(error.kind(), "pin host memory", message).caused_by(error)
+        })?;
+        Ok(Self { context: context.clone(), memory, registered: Some(first as usize) })
+    }
+}
+
+// SAFETY: the range is that of `memory`, which this value holds.
+unsafe impl Buffer for PinnedMemory {
+    fn address(&self) -> u64 {
+        self.memory.address()
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.memory.len_bytes()
+    }
+
+    fn memory(&self) -> MemoryKind {
+        MemoryKind::HostPinned
+    }
+}
+
+impl Drop for PinnedMemory {
+    fn drop(&mut self) {
+        if let Some(first) = self.registered {
+            // SAFETY: registered once with this address; copies that used it held a slice until they were done.
+            let done = self.context.run("unpin host memory", |f| unsafe { (f.host_unregister)(first) });
+            if let Err(error) = done {
+                tracing::debug!(%error, "host memory was not unpinned");
+            }
+        }
+    }
+}
+
+/// Another process's exported block, mapped here.
+pub(crate) struct IpcMapping {
+    context: Arc<Context>,
+    base: u64,
+    offset: u64,
+    len_bytes: u64,
+}
+
+impl fmt::Debug for IpcMapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "IpcMapping({:#x}, {} bytes)", self.base + self.offset, self.len_bytes)
+    }
+}
+
+impl IpcMapping {
+    const LAZY_PEER_ACCESS: u32 = 1;
+
+    /// Maps `len_bytes` from `offset` of the block behind `handle`. The exporting process must be another one.
+    pub(crate) fn open(context: &Arc<Context>, handle: &[u8], offset: u64, len_bytes: u64) -> Result<Self> {
+        let bytes: [u8; 64] = handle.try_into().map_err(|_| {
+            Error::new(
+                ErrorKind::Corrupt,
+                "open a ring of device memory",
+                format!("a CUDA IPC handle has 64 bytes, this one {}", handle.len()),
+            )
+        })?;
+        let mut base = 0;
+        // SAFETY: writes one device pointer; the driver checks the handle.
+        context.run("open a ring of device memory", |f| unsafe {
+            (f.ipc_open)(&mut base, IpcHandle(bytes), Self::LAZY_PEER_ACCESS)
+        })?;
+        Ok(Self { context: context.clone(), base, offset, len_bytes })
+    }
+}
+
+// SAFETY: mapped until drop. The exporter keeps the block until this process has said that it let go (quarantine).
+unsafe impl Buffer for IpcMapping {
+    fn address(&self) -> u64 {
+        self.base + self.offset
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    fn memory(&self) -> MemoryKind {
+        MemoryKind::Device
+    }
+}
+
+impl Drop for IpcMapping {
+    fn drop(&mut self) {
+        // SAFETY: opened once with this address; copies that used it held a slice until they were done.
+        let closed =
+            self.context.run("close a ring of device memory", |f| unsafe { (f.ipc_close)(self.base) });
+        if let Err(error) = closed {
+            tracing::debug!(%error, "a ring's mapping was not closed");
+        }
+    }
+}

@@ -1,0 +1,419 @@
+//! The driver: streams are threads, device memory is host memory.
+
+use std::{
+    cell::RefCell,
+    collections::BTreeMap,
+    ffi::c_char,
+    sync::{
+        Arc, Condvar, LazyLock, Mutex,
+        atomic::{AtomicI32, AtomicUsize, Ordering},
+        mpsc,
+    },
+    time::Duration,
+};
+
+use rustix::mm::{self, Advice, MapFlags, MprotectFlags, ProtFlags};
+
+use crate::{
+    device::{Functions, IpcHandle},
+    table::Handle,
+};
+
+const DEVICES: i32 = 8;
+const INVALID_VALUE: i32 = 1;
+const INVALID_CONTEXT: i32 = 201;
+const NOT_READY: i32 = 600;
+const ILLEGAL_ADDRESS: i32 = 700;
+const ALREADY_REGISTERED: i32 = 712;
+
+type Job = Box<dyn FnOnce(&Context) + Send>;
+
+/// Errors are sticky, as on a device.
+struct Context {
+    error: AtomicI32,
+}
+
+struct Stream {
+    context: Arc<Context>,
+    jobs: mpsc::Sender<Job>,
+}
+
+#[derive(Default)]
+struct Event {
+    /// Times recorded, times reached.
+    counts: Mutex<(u64, u64)>,
+    reached: Condvar,
+}
+
+#[derive(Default)]
+struct World {
+    contexts: BTreeMap<Handle, Arc<Context>>,
+    streams: BTreeMap<Handle, Arc<Stream>>,
+    events: BTreeMap<Handle, Arc<Event>>,
+    /// Device blocks: address and length.
+    device: BTreeMap<u64, u64>,
+    registered: BTreeMap<u64, u64>,
+}
+
+static WORLD: LazyLock<Mutex<World>> = LazyLock::new(Mutex::default);
+static NEXT: AtomicUsize = AtomicUsize::new(1);
+
+thread_local! {
+    static STACK: RefCell<Vec<Handle>> = const { RefCell::new(Vec::new()) };
+}
+
+fn world() -> std::sync::MutexGuard<'static, World> {
+    WORLD.lock().unwrap()
+}
+
+fn next() -> Handle {
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+fn current() -> Option<Arc<Context>> {
+    let top = STACK.with_borrow(|stack| stack.last().copied())?;
+    world().contexts.get(&top).cloned()
+}
+
+/// How many contexts this thread has pushed.
+pub(crate) fn stack_depth() -> usize {
+    STACK.with_borrow(Vec::len)
+}
+
+/// Whether a device block starts at `address`.
+pub(crate) fn is_allocated(address: u64) -> bool {
+    world().device.contains_key(&address)
+}
+
+/// Whether host memory with this byte is registered.
+pub(crate) fn is_registered(address: u64) -> bool {
+    world().registered.iter().any(|(start, len)| (*start..start + len).contains(&address))
+}
+
+/// Whether a copy engine may touch the range.
+fn is_valid(address: u64, len: u64) -> bool {
+    let world = world();
+    let inside = |start: u64, bytes: u64| address >= start && address + len <= start + bytes;
+    let block = world.device.range(..=address).next_back().is_some_and(|(start, b)| inside(*start, *b));
+    block || world.registered.iter().any(|(start, bytes)| inside(*start, *bytes))
+}
+
+/// Runs `job` on the stream after what is there, a little late.
+pub(super) fn enqueue(stream: Handle, job: impl FnOnce() + Send + 'static) -> i32 {
+    let Some(stream) = world().streams.get(&stream).cloned() else { return INVALID_VALUE };
+    if current().is_none_or(|context| !Arc::ptr_eq(&context, &stream.context)) {
+        return INVALID_CONTEXT;
+    }
+    let job: Job = Box::new(move |_| job());
+    if stream.jobs.send(job).is_ok() { stream.context.error.load(Ordering::Acquire) } else { INVALID_VALUE }
+}
+
+unsafe extern "C" fn init(_: u32) -> i32 {
+    0
+}
+
+unsafe extern "C" fn driver_version(version: *mut i32) -> i32 {
+    // SAFETY: the caller gives room for one value.
+    unsafe { *version = 12080 };
+    0
+}
+
+unsafe extern "C" fn error_text(code: i32, text: *mut *const c_char) -> i32 {
+    let words =
+        if code == ILLEGAL_ADDRESS { c"CUDA_ERROR_ILLEGAL_ADDRESS" } else { c"CUDA_ERROR_OF_THE_FAKE" };
+    // SAFETY: the caller gives room for one pointer.
+    unsafe { *text = words.as_ptr() };
+    0
+}
+
+unsafe extern "C" fn device_count(count: *mut i32) -> i32 {
+    // SAFETY: the caller gives room for one value.
+    unsafe { *count = DEVICES };
+    0
+}
+
+unsafe extern "C" fn device_get(device: *mut i32, ordinal: i32) -> i32 {
+    // SAFETY: the caller gives room for one value.
+    unsafe { *device = ordinal };
+    if (0..DEVICES).contains(&ordinal) { 0 } else { INVALID_VALUE }
+}
+
+unsafe extern "C" fn device_name(text: *mut c_char, len: i32, _: i32) -> i32 {
+    let name = c"Fake GPU".to_bytes_with_nul();
+    assert!(name.len() <= len as usize);
+    // SAFETY: the caller gives room for `len` bytes.
+    unsafe { std::ptr::copy_nonoverlapping(name.as_ptr().cast(), text, name.len()) };
+    0
+}
+
+unsafe extern "C" fn device_uuid(uuid: *mut [u8; 16], device: i32) -> i32 {
+    // SAFETY: the caller gives room for 16 bytes.
+    unsafe { *uuid = [device as u8; 16] };
+    0
+}
+
+unsafe extern "C" fn device_pci(text: *mut c_char, len: i32, _: i32) -> i32 {
+    let address = c"00000000:3B:00.0".to_bytes_with_nul();
+    assert!(address.len() <= len as usize);
+    // SAFETY: the caller gives room for `len` bytes.
+    unsafe { std::ptr::copy_nonoverlapping(address.as_ptr().cast(), text, address.len()) };
+    0
+}
+
+unsafe extern "C" fn device_attribute(value: *mut i32, _: i32, _: i32) -> i32 {
+    // SAFETY: the caller gives room for one value.
+    unsafe { *value = 0 };
+    0
+}
+
+unsafe extern "C" fn context_retain(context: *mut Handle, _: i32) -> i32 {
+    let handle = next();
+    world().contexts.insert(handle, Arc::new(Context { error: AtomicI32::new(0) }));
+    // SAFETY: the caller gives room for one handle.
+    unsafe { *context = handle };
+    0
+}
+
+unsafe extern "C" fn context_release(_: i32) -> i32 {
+    0
+}
+
+unsafe extern "C" fn context_push(context: Handle) -> i32 {
+    STACK.with_borrow_mut(|stack| stack.push(context));
+    0
+}
+
+unsafe extern "C" fn context_pop(context: *mut Handle) -> i32 {
+    match STACK.with_borrow_mut(Vec::pop) {
+        Some(popped) => {
+            // SAFETY: the caller gives room for one handle.
+            unsafe { *context = popped };
+            0
+        }
+        None => INVALID_CONTEXT,
+    }
+}
+
+unsafe extern "C" fn memory_info(free: *mut usize, total: *mut usize) -> i32 {
+    // SAFETY: the caller gives room for both.
+    unsafe { (*free, *total) = (1 << 30, 2 << 30) };
+    0
+}
+
+unsafe extern "C" fn memory_alloc(address: *mut u64, len: usize) -> i32 {
+    if current().is_none() {
+        return INVALID_CONTEXT;
+    }
+    if len > 1 << 30 {
+        return 2;
+    }
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a new mapping of its own.
+    let block =
+        unsafe { mm::mmap_anonymous(std::ptr::null_mut(), len, protection, MapFlags::PRIVATE) }.unwrap();
+    // Not zero, as fresh device memory; all of it would take too long.
+    // SAFETY: the mapping is that long.
+    unsafe { std::ptr::write_bytes(block.cast::<u8>(), 0xAB, len.min(64 << 10)) };
+    // SAFETY: the caller gives room for one address.
+    unsafe { *address = block as u64 };
+    world().device.insert(block as u64, len as u64);
+    0
+}
+
+unsafe extern "C" fn memory_free(address: u64) -> i32 {
+    let Some(len) = world().device.remove(&address) else { return INVALID_VALUE };
+    let block = address as *mut std::ffi::c_void;
+    // The address is never used again, and whoever still touches it crashes.
+    // SAFETY: the mapping is the fake's own.
+    unsafe {
+        mm::madvise(block, len as usize, Advice::LinuxDontNeed).unwrap();
+        mm::mprotect(block, len as usize, MprotectFlags::empty()).unwrap();
+    }
+    0
+}
+
+unsafe extern "C" fn host_register(address: usize, len: usize, _: u32) -> i32 {
+    let mut world = world();
+    if world.registered.contains_key(&(address as u64)) {
+        return ALREADY_REGISTERED;
+    }
+    world.registered.insert(address as u64, len as u64);
+    0
+}
+
+unsafe extern "C" fn host_unregister(address: usize) -> i32 {
+    if world().registered.remove(&(address as u64)).is_some() { 0 } else { INVALID_VALUE }
+}
+
+unsafe extern "C" fn ipc_export(handle: *mut IpcHandle, address: u64) -> i32 {
+    let mut bytes = [0; 64];
+    bytes[..8].copy_from_slice(&address.to_le_bytes());
+    // SAFETY: the caller gives room for one handle.
+    unsafe { *handle = IpcHandle(bytes) };
+    if is_allocated(address) { 0 } else { INVALID_VALUE }
+}
+
+unsafe extern "C" fn ipc_open(address: *mut u64, handle: IpcHandle, _: u32) -> i32 {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&handle.0[..8]);
+    // SAFETY: the caller gives room for one address.
+    unsafe { *address = u64::from_le_bytes(bytes) };
+    if is_allocated(u64::from_le_bytes(bytes)) { 0 } else { INVALID_VALUE }
+}
+
+unsafe extern "C" fn ipc_close(_: u64) -> i32 {
+    0
+}
+
+unsafe extern "C" fn copy(to: u64, from: u64, len: usize, stream: Handle) -> i32 {
+    let Some(context) = current() else { return INVALID_CONTEXT };
+    enqueue(stream, move || {
+        if !is_valid(to, len as u64) || !is_valid(from, len as u64) {
+            context.error.store(ILLEGAL_ADDRESS, Ordering::Release);
+            return;
+        }
+        // SAFETY: both ranges are live blocks of the fake, or registered host memory.
+        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, len) };
+    })
+}
+
+/// Into ordinary memory the driver copies before it returns.
+unsafe extern "C" fn copy_to_host(to: u64, from: u64, len: usize, stream: Handle) -> i32 {
+    if is_valid(to, len as u64) {
+        // SAFETY: as for `copy`.
+        return unsafe { copy(to, from, len, stream) };
+    }
+    let (done, wait) = mpsc::channel();
+    let code = enqueue(stream, move || {
+        // SAFETY: the caller of the driver promises the destination, and waits below.
+        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, len) };
+        let _ = done.send(());
+    });
+    let _ = wait.recv();
+    code
+}
+
+unsafe extern "C" fn fill(address: u64, byte: u8, len: usize, stream: Handle) -> i32 {
+    enqueue(stream, move || {
+        assert!(is_valid(address, len as u64));
+        // SAFETY: the range is a live block of the fake.
+        unsafe { std::ptr::write_bytes(address as *mut u8, byte, len) };
+    })
+}
+
+unsafe extern "C" fn stream_create(stream: *mut Handle, _: u32) -> i32 {
+    let Some(context) = current() else { return INVALID_CONTEXT };
+    let (jobs, inbox) = mpsc::channel::<Job>();
+    let of_thread = context.clone();
+    std::thread::spawn(move || {
+        for job in inbox {
+            // Late enough that a missing wait is seen.
+            std::thread::sleep(Duration::from_micros(200));
+            job(&of_thread);
+        }
+    });
+    let handle = next();
+    world().streams.insert(handle, Arc::new(Stream { context, jobs }));
+    // SAFETY: the caller gives room for one handle.
+    unsafe { *stream = handle };
+    0
+}
+
+unsafe extern "C" fn stream_destroy(stream: Handle) -> i32 {
+    if world().streams.remove(&stream).is_some() { 0 } else { INVALID_VALUE }
+}
+
+unsafe extern "C" fn stream_wait(stream: Handle, event: Handle, _: u32) -> i32 {
+    let Some(event) = world().events.get(&event).cloned() else { return INVALID_VALUE };
+    let target = event.counts.lock().unwrap().0;
+    enqueue(stream, move || {
+        let counts = event.counts.lock().unwrap();
+        drop(event.reached.wait_while(counts, |counts| counts.1 < target).unwrap());
+    })
+}
+
+unsafe extern "C" fn stream_context(stream: Handle, context: *mut Handle) -> i32 {
+    let world = world();
+    let Some(stream) = world.streams.get(&stream) else { return INVALID_VALUE };
+    let found = world.contexts.iter().find(|(_, candidate)| Arc::ptr_eq(candidate, &stream.context));
+    // SAFETY: the caller gives room for one handle.
+    found.map_or(INVALID_CONTEXT, |(handle, _)| unsafe {
+        *context = *handle;
+        0
+    })
+}
+
+unsafe extern "C" fn event_create(event: *mut Handle, _: u32) -> i32 {
+    let handle = next();
+    world().events.insert(handle, Arc::default());
+    // SAFETY: the caller gives room for one handle.
+    unsafe { *event = handle };
+    0
+}
+
+unsafe extern "C" fn event_destroy(event: Handle) -> i32 {
+    if world().events.remove(&event).is_some() { 0 } else { INVALID_VALUE }
+}
+
+unsafe extern "C" fn event_record(event: Handle, stream: Handle) -> i32 {
+    let Some(event) = world().events.get(&event).cloned() else { return INVALID_VALUE };
+    event.counts.lock().unwrap().0 += 1;
+    enqueue(stream, move || {
+        event.counts.lock().unwrap().1 += 1;
+        event.reached.notify_all();
+    })
+}
+
+unsafe extern "C" fn event_query(event: Handle) -> i32 {
+    let Some(context) = current() else { return INVALID_CONTEXT };
+    let Some(event) = world().events.get(&event).cloned() else { return INVALID_VALUE };
+    let (recorded, reached) = *event.counts.lock().unwrap();
+    match context.error.load(Ordering::Acquire) {
+        0 if reached < recorded => NOT_READY,
+        code => code,
+    }
+}
+
+/// The table.
+pub(super) fn functions() -> Functions {
+    Functions {
+        init,
+        driver_version,
+        error_name: error_text,
+        error_string: error_text,
+        device_count,
+        device_get,
+        device_name,
+        device_uuid,
+        device_pci,
+        device_attribute,
+        context_retain,
+        context_release,
+        context_push,
+        context_pop,
+        memory_info,
+        memory_alloc,
+        memory_free,
+        host_register,
+        host_unregister,
+        ipc_export,
+        ipc_open,
+        ipc_close,
+        copy_any: copy,
+        copy_to_device: copy,
+        copy_to_host,
+        copy_on_device: copy,
+        fill,
+        stream_create,
+        stream_destroy,
+        stream_wait,
+        stream_context,
+        event_create,
+        event_destroy,
+        event_record,
+        event_query,
+        copy_batch: None,
+        dma_buf: None,
+        flush_writes: None,
+    }
+}

@@ -1,0 +1,34 @@
+//! A CUDA driver and an NCCL made of host memory and threads, behind the same function tables: what the tests of this
+//! crate run on. Both are strict: memory that is touched after it was freed or unpinned, a call without a context, a
+//! group call while another is in progress are errors, as on a GPU.
+
+mod cuda;
+mod nccl;
+
+use std::{path::PathBuf, sync::Arc};
+
+pub(crate) use cuda::{is_allocated, is_registered, stack_depth};
+pub(crate) use nccl::{fail_next_launch, live_communicators};
+
+use crate::{
+    config::NcclConfig,
+    device::{CudaDevice, CudaProvider, Driver, DriverCell},
+    library::Nccl,
+    transport::NcclProvider,
+};
+
+/// A driver with eight devices.
+pub(crate) fn driver() -> Arc<Driver> {
+    Driver::start(cuda::functions()).unwrap()
+}
+
+/// A device of that driver.
+pub(crate) fn device(local_rank: u32) -> CudaDevice {
+    CudaProvider::new(DriverCell::of(driver())).open_cuda(local_rank).unwrap()
+}
+
+/// A provider of the transport on that driver.
+pub(crate) fn provider(config: NcclConfig) -> NcclProvider {
+    let nccl = Nccl::start(nccl::functions(), PathBuf::from("fake")).unwrap();
+    NcclProvider::with_libraries(DriverCell::of(driver()), nccl, config)
+}
