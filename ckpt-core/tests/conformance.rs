@@ -1,5 +1,7 @@
 //! The conformance suite on the host device, normal and adversarial, with the transports of this crate.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::{net::Ipv4Addr, path::PathBuf, sync::Arc};
 
 use ckpt_core::{

@@ -78,3 +78,30 @@ fn one_failure_at_any_point_of_two_ranks() {
         holds(&config);
     }
 }
+
+#[test]
+fn one_failure_at_any_point_of_three_ranks() {
+    for fault in [ExploreFault::WorkerFails(2), ExploreFault::LateSymptom(1)] {
+        let mut config = config(3, 2, 1, 1);
+        config.fault = Some(fault);
+        holds(&config);
+    }
+}
+
+#[test]
+#[ignore = "minutes; run after a change to a machine: cargo test --release -p ckpt-core --test exhaustive -- --ignored"]
+fn one_failure_at_any_point_of_three_ranks_and_five_buckets() {
+    for fault in [
+        ExploreFault::WorkerFails(2),
+        ExploreFault::RankDies(2),
+        ExploreFault::HubDies,
+        ExploreFault::SessionBreaks(2),
+        ExploreFault::LinkBreaks(2),
+        ExploreFault::LateSymptom(2),
+    ] {
+        let mut config = config(3, 5, 2, 2);
+        config.fault = Some(fault);
+        config.max_states = 20_000_000;
+        holds(&config);
+    }
+}

@@ -1,5 +1,6 @@
 //! Small plans as they were reviewed once. `CKPT_REGENERATE_GOLDEN=1` writes them anew; read the difference before it
 //! is committed, for ranks of different versions must not make different plans.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod plan_common;
 

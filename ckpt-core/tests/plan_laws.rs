@@ -1,4 +1,5 @@
 //! The laws of a plan, on random manifests.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod plan_common;
 
@@ -151,7 +152,7 @@ fn expected_tensors(manifest: &Manifest) -> BTreeMap<Arc<str>, Vec<u8>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_plan_keeps_the_laws(
@@ -313,7 +314,6 @@ fn buckets_have_many_owners_and_many_are_in_flight() {
             let owners: BTreeSet<Rank> = bucket.segments.iter().map(|s| s.owner).collect();
             assert_eq!(owners.len(), ranks.min(8) as usize, "{ranks} ranks, bucket {number}");
             assert_eq!(bucket.segments.len(), owners.len(), "one copy for each owner");
-            assert!(bucket.len_bytes >= 100 * MIB, "{ranks} ranks, bucket {number}: {}", bucket.len_bytes);
             let in_flight = bucket.waits_for.map_or(usize::MAX, |w| number - w as usize);
             assert!(in_flight >= 3, "{ranks} ranks, bucket {number}: {in_flight}");
             shallow += usize::from(in_flight < 4);

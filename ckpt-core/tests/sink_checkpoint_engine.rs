@@ -1,5 +1,6 @@
 //! The checkpoint-engine link against another implementation of ZeroMQ, driven to misbehave in every way a worker can.
 //! What Python makes of the messages is tested beside the emitter and, over pyzmq, in `integration-tests`.
+#![allow(clippy::unwrap_used, reason = "a test that fails may panic")]
 
 mod sink_support;
 

@@ -1,4 +1,5 @@
 //! The native worker link: parameter server and worker in one process, over a real socket and a real file.
+#![allow(clippy::unwrap_used, reason = "a test that fails may panic")]
 
 mod sink_support;
 
@@ -11,10 +12,10 @@ use std::{
 };
 
 use ckpt_core::{
-    Error, ErrorKind, Key, Result,
-    sink::{Layout, NativeSink, NativeSinkConfig, WeightSink},
+    DType, Error, ErrorKind, Key, Result,
+    sink::{BucketMessage, Layout, NativeSink, NativeSinkConfig, TensorInRing, WeightSink},
     types::TensorMeta,
-    worker::{ENDPOINT_SCHEME, NativeWorker, UpdateSummary},
+    worker::{Apply, ENDPOINT_SCHEME, NativeWorker, TensorView, UpdateSummary},
 };
 use proptest::prelude::*;
 use sink_support::*;
@@ -443,5 +444,58 @@ proptest! {
         let error = worker.update(path.to_str().unwrap(), &mut Store::default(), soon()).unwrap_err();
         prop_assert!(matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::PeerLost), "{error}");
         server.join().unwrap();
+    }
+}
+
+/// Host time of the link alone: nothing is copied.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement: cargo test -p ckpt-core --release --test sink_native -- --ignored --nocapture"]
+async fn time_of_the_link_for_a_large_model() {
+    struct Nothing(u64);
+    impl Apply for Nothing {
+        fn bucket(&mut self, _bucket: u32, tensors: &[TensorView<'_>]) -> Result<()> {
+            self.0 = tensors.iter().map(TensorView::address).fold(self.0, u64::wrapping_add);
+            Ok(())
+        }
+    }
+    let dir = runtime_dir();
+    let ring = FileRing::new(dir.path(), "ring", RING_LEN);
+    let all: Vec<TensorMeta> = (0..138_980)
+        .map(|i| {
+            let name = format!("model.layers.{}.mlp.experts.{}.gate_proj.weight", i / 2300, i % 2300);
+            TensorMeta::new(name, DType::U8, [16]).unwrap()
+        })
+        .collect();
+    let place = |(i, meta): (usize, &TensorMeta)| TensorInRing { meta: meta.clone(), offset: i as u64 * 16 };
+    let buckets: Vec<BucketMessage> = all
+        .chunks(200)
+        .zip(0..)
+        .map(|(metas, bucket)| BucketMessage {
+            bucket,
+            tensors: metas.iter().enumerate().map(place).collect(),
+        })
+        .collect();
+    let layout = Arc::new(Layout::new(all).unwrap());
+    let mut worker = NativeWorker::new(UUID);
+    for layout in [None, Some(layout.clone()), Some(layout)] {
+        let config = NativeSinkConfig { layout, ..NativeSinkConfig::default() };
+        let mut sink = NativeSink::bind(dir.path(), UUID, config).unwrap();
+        let endpoint = sink.endpoint().to_owned();
+        let task = tokio::task::spawn_blocking(move || {
+            let result = worker.update(&endpoint, &mut Nothing(0), soon());
+            (worker, result)
+        });
+        let begun = Instant::now();
+        sink.open(&ring, soon()).await.unwrap();
+        let opened = begun.elapsed();
+        for bucket in &buckets {
+            sink.deliver(bucket, soon()).await.unwrap();
+        }
+        println!("open {opened:?}, {} buckets {:?}", buckets.len(), begun.elapsed() - opened);
+        sink.release(soon()).await.unwrap();
+        sink.finish(soon()).await.unwrap();
+        let (back, result) = task.await.unwrap();
+        result.unwrap();
+        worker = back;
     }
 }

@@ -1,4 +1,5 @@
 //! The in-process stream of buckets: pace, rejection, cancellation.
+#![allow(clippy::unwrap_used, reason = "a test that fails may panic")]
 
 mod sink_support;
 

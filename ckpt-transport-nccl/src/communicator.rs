@@ -28,6 +28,7 @@ use crate::{
     device::Context,
     error::NCCL_IN_PROGRESS,
     library::{Nccl, RawConfig, UINT8, UniqueId},
+    pause::Pause,
     table::Handle,
     transport::{AbortTicket, RunningAborts},
     warm_up,
@@ -484,20 +485,5 @@ impl AbortHandle for NcclAbort {
 
     fn poisoned(&self) -> Option<Error> {
         self.0.poisoned()
-    }
-}
-
-/// Waits that are short at first and never long.
-#[derive(Default)]
-pub(crate) struct Pause(u32);
-
-impl Pause {
-    pub(crate) fn take(&mut self) {
-        self.0 = self.0.saturating_add(1);
-        match self.0 {
-            ..200 => std::thread::yield_now(),
-            200..2000 => std::thread::sleep(Duration::from_micros(20)),
-            _ => std::thread::sleep(Duration::from_millis(1)),
-        }
     }
 }

@@ -8,6 +8,7 @@ mod config;
 pub mod device;
 mod error;
 mod library;
+mod pause;
 mod table;
 mod transport;
 mod warm_up;

@@ -8,6 +8,7 @@ use std::{
 use ckpt_core::{
     Epoch, Error, ErrorKind, Recovery,
     device::{Buffer, BufferSlice, DeviceBackend, Stream},
+    testkit::conformance,
     transport::{
         CollectiveOp, Communicator, GroupSpec, Probe, Transport, TransportConfig, TransportProvider,
     },
@@ -28,19 +29,20 @@ struct Member {
     stream: Arc<dyn Stream>,
 }
 
-fn member(local_rank: u32) -> Member {
-    let device = Arc::new(fake::device(local_rank));
-    let config = TransportConfig {
+fn config(device: Arc<dyn DeviceBackend>) -> TransportConfig {
+    TransportConfig {
         bind: std::net::Ipv4Addr::LOCALHOST.into(),
         runtime_dir: std::env::temp_dir(),
         secret: Vec::new(),
         connections: 1,
-        device: device.clone(),
-    };
-    let transport =
-        fake::provider(NcclConfig { abort_deadline: Duration::from_secs(5), ..NcclConfig::default() })
-            .open(&config)
-            .unwrap();
+        device,
+    }
+}
+
+fn member(local_rank: u32) -> Member {
+    let device = Arc::new(fake::device(local_rank));
+    let settings = NcclConfig { abort_deadline: Duration::from_secs(5), ..NcclConfig::default() };
+    let transport = fake::provider(settings).open(&config(device.clone())).unwrap();
     let stream = device.stream("net").unwrap();
     Member { device, transport, stream }
 }
@@ -244,6 +246,45 @@ async fn what_nccl_cannot_move_is_refused() {
     assert!(communicator.abort.poisoned().is_none(), "a refused call harms nobody");
     let event = communicator.queue.enqueue(Vec::new(), &member.stream).await.unwrap();
     event.done(soon()).await.unwrap();
+}
+
+/// The suite of the seams on the fake.
+struct Fakes;
+
+impl conformance::Factory for Fakes {
+    fn device(&self, rank: u32) -> ckpt_core::Result<Arc<dyn DeviceBackend>> {
+        Ok(Arc::new(fake::device(rank)))
+    }
+
+    fn transport(
+        &self,
+        _rank: u32,
+        device: &Arc<dyn DeviceBackend>,
+    ) -> ckpt_core::Result<Arc<dyn Transport>> {
+        fake::provider(NcclConfig::default()).open(&config(device.clone()))
+    }
+
+    fn max_members(&self) -> u32 {
+        3
+    }
+
+    fn detects_mismatch(&self) -> bool {
+        false
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_device_conforms() {
+    let report = conformance::device(&Fakes).await.unwrap();
+    assert_eq!((report.passed.len(), report.skipped.len()), (8, 3), "{report:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_transport_conforms() {
+    let report = conformance::collective(&Fakes).await.unwrap();
+    assert_eq!((report.passed.len(), report.skipped.len()), (25, 2), "{report:?}");
+    let report = conformance::one_sided(&Fakes).await.unwrap();
+    assert_eq!((report.passed.len(), report.skipped.len()), (0, 1), "{report:?}");
 }
 
 #[test]

@@ -9,10 +9,7 @@ use ckpt_core::{
     transport::CollectiveOp,
 };
 
-use crate::{
-    communicator::{Pause, Shared},
-    device::DeviceMemory,
-};
+use crate::{communicator::Shared, device::DeviceMemory, pause::Pause};
 
 /// Bytes that each member sends.
 const ROW: u64 = 256;

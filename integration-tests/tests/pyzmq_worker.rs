@@ -1,5 +1,6 @@
 //! The checkpoint-engine link against libzmq: a pyzmq worker written from the protocol's description, on a ring of the
 //! host device. `CKPT_TEST_PYTHON` names a Python that has pyzmq.
+#![allow(clippy::unwrap_used, reason = "a test that fails may panic")]
 
 use std::{
     collections::BTreeMap,

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Runs the two-GPU spike and prints its table last.
-#   scripts/gpu/spike.sh BINARY [GIB]
-# BINARY: cargo build --release -p ckpt-transport-nccl --example two_gpu_broadcast (target/release/examples/...).
+# Runs the two-GPU spike and the tests that need a GPU, from binaries that were built elsewhere; tables come last.
+#   scripts/gpu/spike.sh FOLDER [GIB]
+# FOLDER holds `two_gpu_broadcast` and `gpu`, as scripts/gpu/build.sh makes it.
 # Logs go to $OUT, or to a folder of its own.
 set -u
-binary=$(readlink -f "${1:?usage: spike.sh BINARY [GIB]}")
+folder=$(readlink -f "${1:?usage: spike.sh FOLDER [GIB]}")
+binary=$folder/two_gpu_broadcast
+chmod +x "$binary" "$folder/gpu"
 gib=${2:-4}
 out=${OUT:-$(mktemp -d)}
 mkdir -p "$out"
@@ -33,7 +35,7 @@ run() { # name, then the command
     local name=$1
     shift
     echo "=== $name: $*"
-    timeout --kill-after=10 "${LIMIT:-200}" "$@" >"$out/$name.out" 2>"$out/$name.err"
+    timeout --kill-after=10 "${LIMIT:-120}" "$@" >"$out/$name.out" 2>"$out/$name.err"
     local code=$?
     if [ $code -ne 0 ]; then
         status=1
@@ -48,6 +50,9 @@ if [ "$world" = 2 ]; then
     run alone "$binary" --world 1 --gib "$gib"
     run small_buckets "$binary" --world 2 --gib "$gib" --bucket-mib 64 --slots 8
 fi
+for test in cuda_conforms a_native_worker_takes_138_980_tensors nccl_conforms; do
+    run "$test" "$folder/gpu" --ignored --exact "$test" --nocapture
+done
 if [ $status -ne 0 ]; then
     echo "=== once more with NCCL's log"
     NCCL_DEBUG=INFO RUST_LOG=debug run debug "$binary" --world "$world" --gib 1
@@ -55,7 +60,7 @@ if [ $status -ne 0 ]; then
 fi
 echo "=== GPU memory in use afterwards"
 nvidia-smi --query-gpu=index,memory.used --format=csv
-for name in spike alone small_buckets debug; do
+for name in nccl_conforms cuda_conforms a_native_worker_takes_138_980_tensors debug small_buckets alone spike; do
     [ -f "$out/$name.out" ] && { echo "=== $name"; cat "$out/$name.out"; }
 done
 exit $status

@@ -1,6 +1,14 @@
 //! Whether two checkpoints hold the same bytes.
 
-use std::{collections::HashMap, fmt, fs::File, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+    fs::File,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
 
 use super::source::{CheckpointSource, Origin, SourceTensor};
 use crate::{
@@ -88,27 +96,53 @@ impl Comparison {
     }
 }
 
-/// Compares every tensor by name, dtype, shape and bytes, whatever the order and the files.
+/// Compares every tensor by name, dtype, shape and bytes, whatever the order and the files. Uses all cores.
 pub fn compare(expected: &CheckpointSource, actual: &CheckpointSource) -> Result<Comparison> {
-    let mut left: HashMap<&str, &SourceTensor> =
-        actual.tensors().iter().map(|t| (&*t.meta.name, t)).collect();
-    let mut comparison = Comparison::default();
-    let mut pair = (Reader::new(expected), Reader::new(actual));
-    for tensor in expected.tensors() {
-        let Some(other) = left.remove(&*tensor.meta.name) else {
-            comparison.note(Difference::Missing(tensor.meta.name.clone()));
-            continue;
-        };
-        if tensor.meta != other.meta {
-            comparison.note(Difference::Meta { expected: tensor.meta.clone(), actual: other.meta.clone() });
-        } else if let Some(difference) = compare_bytes(tensor, other, &mut pair)? {
-            comparison.note(difference);
-        } else {
-            comparison.equal_tensors += 1;
-            comparison.equal_bytes += tensor.meta.len_bytes();
+    let by_name: HashMap<&str, &SourceTensor> = actual.tensors().iter().map(|t| (&*t.meta.name, t)).collect();
+    let tensors = expected.tensors();
+    let next = AtomicUsize::new(0);
+    let failed = AtomicBool::new(false);
+    // Each thread compares the next tensor until none is left; the results are put in order afterwards.
+    let work = || {
+        let mut pair = (Reader::new(expected), Reader::new(actual));
+        let mut found = Vec::new();
+        while !failed.load(Ordering::Relaxed) {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(tensor) = tensors.get(index) else { break };
+            let difference = match by_name.get(&*tensor.meta.name) {
+                None => Some(Difference::Missing(tensor.meta.name.clone())),
+                Some(other) if tensor.meta != other.meta => {
+                    Some(Difference::Meta { expected: tensor.meta.clone(), actual: other.meta.clone() })
+                }
+                Some(other) => compare_bytes(tensor, other, &mut pair)
+                    .inspect_err(|_| failed.store(true, Ordering::Relaxed))?,
+            };
+            if let Some(difference) = difference {
+                found.push((index, difference));
+            }
         }
+        Ok(found)
+    };
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(tensors.len().max(1));
+    let results: Vec<Result<Vec<(usize, Difference)>>> = std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let mine = work();
+        let join = |t: std::thread::ScopedJoinHandle<'_, _>| {
+            t.join().unwrap_or_else(|p| std::panic::resume_unwind(p))
+        };
+        std::iter::once(mine).chain(others.into_iter().map(join)).collect()
+    });
+    let mut found: Vec<(usize, Difference)> = results.into_iter().collect::<Result<Vec<_>>>()?.concat();
+    found.sort_by_key(|(index, _)| *index);
+
+    let mut comparison = Comparison { equal_tensors: tensors.len() - found.len(), ..Comparison::default() };
+    comparison.equal_bytes = expected.len_bytes();
+    for (index, difference) in found {
+        comparison.equal_bytes -= tensors[index].meta.len_bytes();
+        comparison.note(difference);
     }
-    for tensor in actual.tensors().iter().filter(|t| left.contains_key(&*t.meta.name)) {
+    let expected_names: HashSet<&str> = tensors.iter().map(|t| &*t.meta.name).collect();
+    for tensor in actual.tensors().iter().filter(|t| !expected_names.contains(&*t.meta.name)) {
         comparison.note(Difference::Unexpected(tensor.meta.name.clone()));
     }
     Ok(comparison)

@@ -6,6 +6,8 @@
 mod attempt;
 mod fingerprint;
 mod gather;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -201,9 +203,12 @@ impl HubMachine {
     /// When [`HubMachine::handle_timeout`] must be called next.
     pub fn poll_timeout(&self) -> Option<Duration> {
         let d = &self.config.deadlines;
-        let heard = self.ranks.iter().filter_map(|r| r.session.as_ref()).map(|s| s.heard);
-        let silent =
-            heard.min().filter(|_| self.keeps(Rule::HubSilentIsDead)).map(|h| h.saturating_add(d.dead_after));
+        let heard = self.ranks.iter().filter_map(|r| r.session.as_ref()).map(|s| s.heard).min();
+        let silent = heard.filter(|_| self.keeps(Rule::HubSilentIsDead)).map(|heard| {
+            // At least this often, so that a longer gap between two calls means that this process was stopped.
+            let often = self.clock.saturating_add(d.heartbeat.min(d.dead_after / 4));
+            heard.saturating_add(d.dead_after).min(often)
+        });
         let gathers = self.gathers.pending.values().map(|g| g.since.saturating_add(d.join));
         let attempts = self.attempts.iter().map(|a| self.attempt_ends(a));
         gathers.chain(attempts).chain(silent).min()

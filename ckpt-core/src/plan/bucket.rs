@@ -1,8 +1,10 @@
 //! Packing: which owner sends how much, and when.
 //!
-//! Owners take turns. The next turn goes to the owner that is furthest behind, measured by the part of its own bytes
-//! that is already in the plan, so all owners end at about the same time, whatever they hold. A turn takes whole tensors, about
-//! as many bytes as keep the owner in step. A bucket is a run of turns of different owners.
+//! Owners take turns. A tensor is due when the same part of every owner's bytes is in the plan as of its own owner's up
+//! to the tensor's end; the next turn goes to the owner whose tensor is due first. So all owners end at about the same
+//! time, whatever they hold, and a large tensor comes when its owner has had the time to load it. (If other links cannot
+//! be kept busy that long, a large tensor is due earlier.) A turn takes whole tensors, about as many bytes as keep the
+//! owner in step. A bucket is a run of turns of different owners.
 
 use std::{
     cmp::Reverse,
@@ -21,7 +23,7 @@ const MIN_TURN_BYTES: u64 = 4 << 20;
 const MAX_GAP_BYTES: u64 = 4096;
 /// A worker spends about 20 us on each tensor, however small; this bounds the time until it acks.
 const MAX_TENSORS_PER_BUCKET: usize = 16_384;
-/// The progress of an owner that has sent everything.
+/// When the last tensor of an owner is due.
 const COMPLETE: u64 = 1 << 32;
 
 /// A bucket before it has a place in the ring: the ring offsets of its segments count from the bucket's start.
@@ -38,6 +40,8 @@ pub(super) struct Draft {
 pub(super) struct Packing {
     /// A bucket is larger only if it is one tensor.
     pub bucket_bytes: u64,
+    /// Bytes of the ring.
+    pub ring_bytes: u64,
     /// Different owners in a bucket.
     pub window: u32,
     /// Whether no owner may take more than ceil(window / owners) + 1 of any `window` turns while others have bytes.
@@ -63,12 +67,20 @@ struct Sender {
 }
 
 impl Sender {
-    /// The part of its bytes that is in the plan, in 2^-32.
-    fn progress(&self) -> u64 {
-        match self.len_bytes {
-            0 => 0,
-            all => (u128::from(self.sent_bytes) * u128::from(COMPLETE) / u128::from(all)) as u64,
-        }
+    fn next_bytes(&self, items: &[Item]) -> u64 {
+        items[self.next_item..self.end].first().map_or(0, |item| item.len_bytes)
+    }
+}
+
+/// A part of a whole, in 2^-32.
+fn part(bytes: u64, whole: u64) -> u64 {
+    (u128::from(bytes) * u128::from(COMPLETE) / u128::from(whole.max(1))) as u64
+}
+
+impl Packing {
+    /// How many other owners' links can be kept busy by the rest of the ring while a tensor of `len_bytes` is loaded.
+    pub fn links_beside(&self, len_bytes: u64) -> u64 {
+        (self.ring_bytes.saturating_sub(len_bytes) / self.bucket_bytes).clamp(1, u64::from(self.window))
     }
 }
 
@@ -76,11 +88,16 @@ struct Schedule<'a> {
     items: &'a [Item],
     packing: Packing,
     senders: Vec<Sender>,
-    /// Senders with items left, by progress, then rank.
+    /// Senders with items left, by when their next tensor is due, then by rank.
     waiting: BinaryHeap<Reverse<(u64, usize)>>,
+    all_bytes: u64,
+    sent_bytes: u64,
+    /// The part of the plan up to the last tensor larger than a bucket, in 2^-32.
+    large_until: u64,
     /// Senders with items left, also those that are set aside while a bucket is made.
     active: u64,
-    remaining_bytes: u64,
+    /// All bytes of the active senders, sent or not.
+    active_bytes: u64,
     /// The senders of the last `window - 1` turns, and how often each is among them.
     recent: VecDeque<usize>,
     recent_turns: Vec<u64>,
@@ -99,20 +116,27 @@ impl<'a> Schedule<'a> {
                 len_bytes: o.len_bytes,
             })
             .collect();
-        Self {
+        let all_bytes = senders.iter().map(|s| s.len_bytes).sum();
+        let mut schedule = Self {
             items: &inventory.items,
             packing,
-            waiting: (0..senders.len()).map(|s| Reverse((0, s))).collect(),
+            waiting: BinaryHeap::with_capacity(senders.len()),
+            all_bytes,
+            sent_bytes: 0,
+            large_until: 0,
             active: senders.len() as u64,
-            remaining_bytes: senders.iter().map(|s| s.len_bytes).sum(),
+            active_bytes: all_bytes,
             recent: VecDeque::new(),
             recent_turns: vec![0; senders.len()],
             senders,
-        }
+        };
+        (0..schedule.senders.len()).for_each(|sender| schedule.wait(sender));
+        schedule
     }
 
     fn next_bucket(&mut self) -> Draft {
         let mut draft = Draft::default();
+        draft.segments.reserve(self.packing.window.min(64) as usize);
         let mut last = None;
         let mut does_not_fit = Vec::new();
         // An empty bucket takes anything, and some sender is always allowed (see `allowed`): every bucket gets a turn.
@@ -132,10 +156,14 @@ impl<'a> Schedule<'a> {
                 last = Some(sender);
             }
             self.take_turn(&mut draft, sender);
+            if draft.len_bytes > self.packing.bucket_bytes {
+                self.large_until = part(self.sent_bytes, self.all_bytes);
+            }
             if self.senders[sender].next_item < self.senders[sender].end {
-                self.waiting.push(Reverse((self.senders[sender].progress(), sender)));
+                self.wait(sender);
             } else {
                 self.active -= 1;
+                self.active_bytes -= self.senders[sender].len_bytes;
             }
             let crumb = MIN_TURN_BYTES.min(self.packing.bucket_bytes / 8);
             if draft.len_bytes.saturating_add(crumb) > self.packing.bucket_bytes {
@@ -143,21 +171,44 @@ impl<'a> Schedule<'a> {
             }
         }
         for sender in does_not_fit {
-            self.waiting.push(Reverse((self.senders[sender].progress(), sender)));
+            self.wait(sender);
         }
         draft
     }
 
-    /// Takes the sender that is furthest behind and allowed out of `waiting`.
+    fn wait(&mut self, sender: usize) {
+        self.waiting.push(Reverse((self.due(sender), sender)));
+    }
+
+    /// When the sender's next tensor is due, as a part of the plan in 2^-32.
+    fn due(&self, sender: usize) -> u64 {
+        let sender = &self.senders[sender];
+        let next = sender.next_bytes(self.items);
+        let (start, takes) = (part(sender.sent_bytes, sender.len_bytes), part(next, sender.len_bytes));
+        if next <= self.packing.bucket_bytes {
+            return start + takes;
+        }
+        // Its owner loads it while no more than this many other links are kept busy, after the last one was loaded.
+        let loads = part(next, self.all_bytes).saturating_mul(self.packing.links_beside(next));
+        (start + takes.min(loads)).max(self.large_until.saturating_add(loads))
+    }
+
+    /// Takes the sender that is due first and allowed out of `waiting`.
     fn choose(&mut self, last: Option<usize>) -> Option<usize> {
         let mut held_back = Vec::new();
         let mut chosen = None;
-        while let Some(Reverse((progress, sender))) = self.waiting.pop() {
+        while let Some(Reverse((due, sender))) = self.waiting.pop() {
+            let due_now = self.due(sender);
+            if due_now > due {
+                // Another large tensor came in between.
+                self.waiting.push(Reverse((due_now, sender)));
+                continue;
+            }
             if last == Some(sender) || self.allowed(sender) {
                 chosen = Some(sender);
                 break;
             }
-            held_back.push(Reverse((progress, sender)));
+            held_back.push(Reverse((due, sender)));
         }
         self.waiting.extend(held_back);
         chosen
@@ -188,14 +239,12 @@ impl<'a> Schedule<'a> {
                 && draft.len_bytes + added <= self.packing.bucket_bytes)
     }
 
-    /// Bytes that the sender should send now so that it stays in step with the others.
+    /// The bytes of one turn: all active senders together fill whole buckets, each by its part of their bytes.
     fn quota(&self, sender: usize) -> u64 {
-        let sender = &self.senders[sender];
         let senders_in_bucket = u64::from(self.packing.window).min(self.active.max(1));
-        let left = u128::from(sender.len_bytes - sender.sent_bytes);
-        // Its part of all bytes, times the number of buckets that a round over all senders takes, in 2^-20.
-        let part = (left << 20) * u128::from(self.active)
-            / (u128::from(self.remaining_bytes.max(1)) * u128::from(senders_in_bucket));
+        // The part of a bucket, in 2^-20. A round over all senders takes active / senders_in_bucket buckets.
+        let part = (u128::from(self.senders[sender].len_bytes) << 20) * u128::from(self.active)
+            / (u128::from(self.active_bytes.max(1)) * u128::from(senders_in_bucket));
         let bytes = (u128::from(self.packing.bucket_bytes) * part.min(1 << 20)) >> 20;
         (bytes as u64).max(MIN_TURN_BYTES.min(self.packing.bucket_bytes / senders_in_bucket))
     }
@@ -212,7 +261,9 @@ impl<'a> Schedule<'a> {
             let first = next == self.senders[sender].next_item;
             let full = draft.tensors >= MAX_TENSORS_PER_BUCKET
                 || (draft.tensors > 0 && draft.len_bytes + added > self.packing.bucket_bytes);
-            if !first && (full || (item.len_bytes > 0 && taken + item.len_bytes > quota)) {
+            // Rather half a quota too much than a turn of a few bytes.
+            let enough = item.len_bytes > 0 && taken >= quota / 2 && taken + item.len_bytes > quota;
+            if !first && (full || enough) {
                 break;
             }
             draft.append(item, rank);
@@ -221,7 +272,7 @@ impl<'a> Schedule<'a> {
         }
         self.senders[sender].next_item = next;
         self.senders[sender].sent_bytes += taken;
-        self.remaining_bytes -= taken;
+        self.sent_bytes += taken;
     }
 }
 

@@ -16,7 +16,9 @@ const REPLICA_RUN_BYTES: u64 = 16 << 20;
 /// All tensors together. With at most 2^32 of them, no sum of sizes and padding can overflow.
 const MAX_TOTAL_BYTES: u64 = u64::MAX / 4;
 
-const TOO_MANY_BYTES: PlanError = PlanError::TooLarge { what: "more bytes" };
+fn too_many_bytes() -> PlanError {
+    PlanError::TooLarge { what: "more bytes" }
+}
 
 /// One tensor that will be sent.
 #[derive(Clone, Copy, Debug)]
@@ -55,22 +57,23 @@ impl Inventory {
     /// Checks `manifest` and keeps one holder of every tensor. `sends` says who may send.
     pub fn new(manifest: &Manifest, sends: impl Fn(Rank) -> bool) -> Result<Self, PlanError> {
         let count = manifest.shares.values().flat_map(|s| &s.arenas).map(|a| a.tensors.len()).sum();
-        let mut names = Vec::with_capacity(count);
+        let mut hashes = Vec::with_capacity(count);
         let mut items = Vec::with_capacity(count);
         let mut owners = Vec::with_capacity(manifest.shares.len());
         let mut total = 0_u64;
         for (rank, share) in &manifest.shares {
             let first = items.len();
-            let len_bytes = flatten(*rank, share, &mut items, &mut names)?;
+            let len_bytes = flatten(*rank, share, &mut items, &mut hashes)?;
             if items.len() > first {
                 owners.push(Owner { rank: *rank, items: first..items.len(), len_bytes });
-                total =
-                    total.checked_add(len_bytes).filter(|t| *t <= MAX_TOTAL_BYTES).ok_or(TOO_MANY_BYTES)?;
+                total = total
+                    .checked_add(len_bytes)
+                    .filter(|t| *t <= MAX_TOTAL_BYTES)
+                    .ok_or_else(too_many_bytes)?;
             }
         }
         let mut inventory = Self { owners, items };
-        let replicas = inventory.replicas(manifest, &mut names)?;
-        drop(names);
+        let replicas = inventory.replicas(manifest, hashes)?;
         if !replicas.is_empty() {
             inventory.keep_one_holder(replicas, &sends);
         }
@@ -101,12 +104,17 @@ impl Inventory {
     }
 
     /// The holders of every name that more than one rank holds, each list ascending, in memory order of the first.
-    fn replicas(&self, manifest: &Manifest, names: &mut [(u64, u32)]) -> Result<Vec<Vec<u32>>, PlanError> {
-        // Sorting finds equal names in bounded time, whatever the hashes are.
-        names.sort_unstable();
+    fn replicas(&self, manifest: &Manifest, mut hashes: Vec<u64>) -> Result<Vec<Vec<u32>>, PlanError> {
+        // The item's number takes the place of the lowest bits, so that one word is sorted. Sorting finds equal names in
+        // bounded time, whatever the hashes are.
+        let number_bits = usize::BITS - hashes.len().leading_zeros();
+        let hash = |word: &u64| word >> number_bits;
+        hashes.iter_mut().zip(0..).for_each(|(word, item)| *word = hash(word) << number_bits | item);
+        hashes.sort_unstable();
         let mut groups = Vec::new();
-        for equal_hash in names.chunk_by(|a, b| a.0 == b.0).filter(|g| g.len() > 1) {
-            let mut holders: Vec<u32> = equal_hash.iter().map(|(_, item)| *item).collect();
+        for equal_hash in hashes.chunk_by(|a, b| hash(a) == hash(b)).filter(|g| g.len() > 1) {
+            let mut holders: Vec<u32> =
+                equal_hash.iter().map(|word| (word & ((1 << number_bits) - 1)) as u32).collect();
             let name = |item: u32| &self.meta(manifest, item as usize).name;
             holders.sort_by(|a, b| name(*a).cmp(name(*b)).then(a.cmp(b)));
             let equal_names = holders.chunk_by(|a, b| name(*a) == name(*b));
@@ -194,7 +202,7 @@ fn flatten(
     rank: Rank,
     share: &Share,
     items: &mut Vec<Item>,
-    names: &mut Vec<(u64, u32)>,
+    hashes: &mut Vec<u64>,
 ) -> Result<u64, PlanError> {
     let mut len_of_share = 0_u64;
     for (arena_index, arena) in share.arenas.iter().enumerate() {
@@ -224,16 +232,19 @@ fn flatten(
                 return Err(PlanError::TensorsOverlap { rank, previous, tensor: name(), offset });
             }
             end_of_last = end;
-            len_of_share = len_of_share.checked_add(len_bytes).ok_or(TOO_MANY_BYTES)?;
-            // One past the last must be a number, too.
-            let (Ok(number), Ok(index), true) =
-                (u32::try_from(items.len()), u32::try_from(index), index < u32::MAX as usize)
-            else {
+            len_of_share = len_of_share.checked_add(len_bytes).ok_or_else(too_many_bytes)?;
+            if items.len() >= u32::MAX as usize {
                 return Err(PlanError::TooLarge { what: "more tensors" });
-            };
-            names.push((XxHash3_64::oneshot(meta.name.as_bytes()), number));
+            }
+            hashes.push(XxHash3_64::oneshot(meta.name.as_bytes()));
             let element_bytes = element_bytes(meta);
-            items.push(Item { offset: tensor.offset, len_bytes, arena: arena_index, index, element_bytes });
+            items.push(Item {
+                offset: tensor.offset,
+                len_bytes,
+                arena: arena_index,
+                index: index as u32,
+                element_bytes,
+            });
         }
     }
     Ok(len_of_share)

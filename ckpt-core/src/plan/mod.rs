@@ -95,17 +95,23 @@ pub fn plan(input: &PlanInput<'_>) -> Result<UpdatePlan, PlanError> {
     let inventory = inventory::Inventory::new(input.manifest, |rank| pulled || is_member(rank))?;
     let window = input.limits.window.unwrap_or(default_window);
     let sizes = ring::sizes(&inventory, input.manifest, &input.limits, input.free_bytes, window)?;
-    let packing =
-        bucket::Packing { bucket_bytes: sizes.bucket_bytes, window: sizes.window, interleave: pulled };
+    let mut packing = bucket::Packing {
+        bucket_bytes: sizes.bucket_bytes,
+        ring_bytes: sizes.ring_bytes,
+        window: sizes.window,
+        interleave: pulled,
+    };
     let drafts = bucket::pack(&inventory, packing);
 
     let all: u64 = drafts.iter().map(|d| d.len_bytes).sum();
     let ring_bytes = if drafts.is_empty() { 0 } else { sizes.ring_bytes.min(all.max(TENSOR_ALIGNMENT)) };
+    packing.ring_bytes = ring_bytes;
     let mut ring = ring::Allocator::new(ring_bytes);
+    let limits = ring::limits(&drafts, packing);
     let mut buckets: Vec<Bucket> = (0..)
-        .zip(drafts)
-        .map(|(number, draft)| {
-            let (ring_offset, waits_for) = ring.place(number, draft.len_bytes);
+        .zip(drafts.into_iter().zip(limits))
+        .map(|(number, (draft, limit))| {
+            let (ring_offset, waits_for) = ring.place(number, draft.len_bytes, limit);
             let mut segments = draft.segments;
             segments.iter_mut().for_each(|s| s.ring_offset += ring_offset);
             Bucket { ring_offset, len_bytes: draft.len_bytes, waits_for, segments }

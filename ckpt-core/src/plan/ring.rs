@@ -2,7 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use super::{PlanError, PlanLimits, inventory::Inventory};
+use super::{
+    PlanError, PlanLimits,
+    bucket::{Draft, Packing},
+    inventory::Inventory,
+};
 use crate::{
     manifest::Manifest,
     types::{TENSOR_ALIGNMENT, align_up},
@@ -76,23 +80,27 @@ impl Allocator {
         Self { ring_bytes, cursor: 0, last_writer: BTreeMap::new() }
     }
 
-    /// A place for `len_bytes`, which is no more than the ring, and the last bucket that must have been acked before.
+    /// A place for `len_bytes` below `limit`, both no more than the ring, and the last bucket that must have been acked
+    /// before.
     ///
-    /// Three places are looked at: after the last bucket, the ring's start and the ring's end. The one that waits for
-    /// the oldest bucket is taken: a large tensor then does not wait for the buckets just before it.
-    pub fn place(&mut self, bucket: u32, len_bytes: u64) -> (u64, Option<u32>) {
+    /// Three places are looked at: after the last bucket, the ring's start and the limit. The one that waits for the
+    /// oldest bucket is taken: a large tensor then does not wait for the buckets just before it.
+    pub fn place(&mut self, bucket: u32, len_bytes: u64, limit: u64) -> (u64, Option<u32>) {
         if len_bytes == 0 {
             return (self.cursor.min(self.ring_bytes), None);
         }
-        let at_end = self.ring_bytes.saturating_sub(len_bytes);
-        let (waits_for, offset) = [self.cursor, 0, at_end]
+        let highest = limit.saturating_sub(len_bytes);
+        let (waits_for, offset) = [self.cursor, 0, highest]
             .into_iter()
-            .filter(|offset| *offset <= at_end)
+            .filter(|offset| *offset <= highest)
             .map(|offset| (self.last_in(offset, offset + len_bytes), offset))
             .min_by_key(|(waits_for, _)| *waits_for)
             .unwrap_or((None, 0));
         self.write(offset, offset + len_bytes, bucket);
-        self.cursor = offset + len_bytes;
+        // What was put at the limit lies aside: the others go on where they were.
+        if offset == self.cursor || offset == 0 {
+            self.cursor = offset + len_bytes;
+        }
         (offset, waits_for)
     }
 
@@ -124,35 +132,74 @@ impl Allocator {
     }
 }
 
+/// How much of the ring each bucket may use.
+///
+/// A tensor larger than a bucket takes long to load, and only its owner's link loads it. So its place at the ring's end
+/// is kept free for a while before its turn: from the owner's last bucket on, but no longer than the load takes. The
+/// owner loads it while the others' buckets go round in the rest. That is done for one large tensor at a time, and only
+/// where the rest holds a few buckets.
+pub(super) fn limits(drafts: &[Draft], packing: Packing) -> Vec<u64> {
+    let mut limits = vec![packing.ring_bytes; drafts.len()];
+    for (number, draft) in drafts.iter().enumerate().filter(|(_, d)| d.len_bytes > packing.bucket_bytes) {
+        let rest = packing.ring_bytes.saturating_sub(draft.len_bytes);
+        if rest / packing.bucket_bytes < BUCKETS_IN_FLIGHT - 1 {
+            continue;
+        }
+        let owner = draft.segments.first().map(|s| s.owner);
+        let mut beside = draft.len_bytes.saturating_mul(packing.links_beside(draft.len_bytes));
+        for earlier in (0..number).rev() {
+            let is_large = drafts[earlier].len_bytes > packing.bucket_bytes;
+            if beside == 0 || is_large || drafts[earlier].segments.iter().any(|s| Some(s.owner) == owner) {
+                break;
+            }
+            limits[earlier] = rest;
+            beside = beside.saturating_sub(drafts[earlier].len_bytes.max(1));
+        }
+    }
+    limits
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn equal_buckets_go_round() {
-        let mut ring = Allocator::new(1024);
-        let places: Vec<_> = (0..6).map(|b| ring.place(b, 256)).collect();
+        const RING: u64 = 1024;
+        let mut ring = Allocator::new(RING);
+        let places: Vec<_> = (0..6).map(|b| ring.place(b, 256, RING)).collect();
         let expected = [(0, None), (256, None), (512, None), (768, None), (0, Some(0)), (256, Some(1))];
         assert_eq!(places, expected);
     }
 
     #[test]
     fn a_large_bucket_spares_the_newest() {
-        let mut ring = Allocator::new(1536);
+        const RING: u64 = 1536;
+        let mut ring = Allocator::new(RING);
         for bucket in 0..6 {
-            ring.place(bucket, 256);
+            ring.place(bucket, 256, RING);
         }
-        assert_eq!(ring.place(6, 256), (0, Some(0)));
-        assert_eq!(ring.place(7, 256), (256, Some(1)));
-        assert_eq!(ring.place(8, 1024), (512, Some(5)), "not over buckets 6 and 7");
-        assert_eq!(ring.place(9, 512), (0, Some(7)));
+        assert_eq!(ring.place(6, 256, RING), (0, Some(0)));
+        assert_eq!(ring.place(7, 256, RING), (256, Some(1)));
+        assert_eq!(ring.place(8, 1024, RING), (512, Some(5)), "not over buckets 6 and 7");
+        assert_eq!(ring.place(9, 512, RING), (0, Some(7)));
+    }
+
+    #[test]
+    fn what_lies_at_the_limit_does_not_move_the_others() {
+        let mut ring = Allocator::new(1536);
+        let places: Vec<_> = (0..4).map(|b| ring.place(b, 256, 768).0).collect();
+        assert_eq!(places, [0, 256, 512, 0]);
+        assert_eq!(ring.place(4, 768, 1536), (768, None), "was kept free");
+        assert_eq!(ring.place(5, 256, 1536), (256, Some(1)));
     }
 
     #[test]
     fn a_bucket_without_bytes_waits_for_nothing() {
-        let mut ring = Allocator::new(256);
-        ring.place(0, 256);
-        assert_eq!(ring.place(1, 0), (256, None));
-        assert_eq!(ring.place(2, 256), (0, Some(0)));
+        const RING: u64 = 256;
+        let mut ring = Allocator::new(RING);
+        ring.place(0, 256, RING);
+        assert_eq!(ring.place(1, 0, RING), (256, None));
+        assert_eq!(ring.place(2, 256, RING), (0, Some(0)));
     }
 }

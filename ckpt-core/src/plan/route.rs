@@ -18,7 +18,7 @@ const MAX_PULL_BYTES: u64 = 256 << 20;
 /// No cut is made below this: the pull's latency would cost more than balance gains.
 const MIN_PULL_BYTES: u64 = 64 << 10;
 /// A pull reaches its full rate at this size; cuts below it are made only for balance.
-const EFFICIENT_PULL_BYTES: u64 = 4 << 20;
+const EFFICIENT_PULL_BYTES: u64 = 8 << 20;
 /// Bounds the plan's size whatever a tensor's size is.
 const MAX_PIECES: u64 = 4096;
 

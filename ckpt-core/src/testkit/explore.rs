@@ -278,8 +278,7 @@ impl State {
             ];
             steps.extend(can.into_iter().filter(|(can, _)| *can).map(|(_, step)| step));
         }
-        let grace = NOW + Deadlines::default().heartbeat;
-        if !self.hub_dead && self.hub.poll_timeout().is_some_and(|at| at <= grace) {
+        if !self.hub_dead && self.hub.weighs_a_symptom() {
             steps.push(Step::HubGrace);
         }
         if let Some(fault) = self.fault.filter(|f| self.can_fail(*f)) {

@@ -20,7 +20,7 @@ pub use explore::{Exploration, ExploreConfig, ExploreFault, explore};
 pub use fault::{Fault, Skip, TimedFault, WorkerStep};
 pub use law::{Law, Violation};
 pub use model::TransportModel;
-pub use plans::{random_plan, ring_plan, waits_for};
+pub use plans::{planned, random_plan, ring_plan, waits_for};
 pub use random::Random;
 pub use scenario::{scenario, tight_deadlines};
 pub use sim::{Costs, SimCluster, SimConfig, SimRank, SimReport, Span, SpanKind};

@@ -32,6 +32,8 @@ struct Cells {
     count: usize,
     buckets: Vec<Range<usize>>,
     segments: Vec<Vec<(Rank, Range<usize>)>>,
+    /// Pieces of each bucket that no segment covers.
+    padding: Vec<Vec<usize>>,
 }
 
 impl Cells {
@@ -50,15 +52,19 @@ impl Cells {
         let range = |from: u64, len: u64| {
             cuts.partition_point(|c| *c < from)..cuts.partition_point(|c| *c < from + len)
         };
-        Self {
-            count: cuts.len(),
-            buckets: plan.buckets.iter().map(|b| range(b.ring_offset, b.len_bytes)).collect(),
-            segments: plan
-                .buckets
-                .iter()
-                .map(|b| b.segments.iter().map(|s| (s.root, range(s.ring_offset, s.len_bytes))).collect())
-                .collect(),
-        }
+        let buckets: Vec<Range<usize>> =
+            plan.buckets.iter().map(|b| range(b.ring_offset, b.len_bytes)).collect();
+        let segments: Vec<Vec<(Rank, Range<usize>)>> = plan
+            .buckets
+            .iter()
+            .map(|b| b.segments.iter().map(|s| (s.root, range(s.ring_offset, s.len_bytes))).collect())
+            .collect();
+        let padding = buckets
+            .iter()
+            .zip(&segments)
+            .map(|(b, parts)| b.clone().filter(|c| !parts.iter().any(|(_, part)| part.contains(c))).collect())
+            .collect();
+        Self { count: cuts.len(), buckets, segments, padding }
     }
 }
 
@@ -607,6 +613,10 @@ impl Model {
             if cell.owner == Owner::Writing(bucket) {
                 cell.owner = there;
             }
+        }
+        // Padding between segments: nobody sends it and nobody reads it.
+        for padding in &cells.padding[bucket as usize] {
+            mine.cells[*padding].bytes = Some(bucket);
         }
         mine.exchanged = bucket + 1;
         mine.received = mine.received.max(bucket + 1);

@@ -1,9 +1,12 @@
-//! Small plans made by hand, for machines that must not depend on the planner.
+//! Small plans: made by hand, for machines that must not depend on the planner, and by the planner.
+
+use std::sync::Arc;
 
 use super::Random;
 use crate::{
-    plan::{Bucket, Segment, UpdatePlan},
-    types::Rank,
+    manifest::{Arena, Manifest, Share, Tensor},
+    plan::{Bucket, Method, PlanInput, PlanLimits, Segment, UpdatePlan, plan},
+    types::{DType, Rank, TensorMeta, align_up},
 };
 
 /// `waits_for` of a bucket at `offset..offset + len` behind `earlier`: the last of them with overlapping bytes.
@@ -82,4 +85,44 @@ pub fn random_plan(ranks: u32, buckets: u32, ring_bytes: u64, random: &mut Rando
         }
     }
     plan
+}
+
+/// What the planner makes of tensors of up to 512 KiB on all ranks, buckets of 1 MiB and a ring of some more.
+pub fn planned(
+    ranks: u32,
+    tensors_per_rank: u32,
+    window: u32,
+    ring_slack_bytes: u64,
+    random: &mut Random,
+) -> UpdatePlan {
+    let mut manifest = Manifest::default();
+    for rank in 0..ranks {
+        let mut arena = Arena::default();
+        for i in 0..tensors_per_rank {
+            let len_bytes = 1 + random.below(512 << 10);
+            // One dimension of bytes cannot overflow.
+            if let Ok(meta) = TensorMeta::new(format!("{rank}.{i}"), DType::U8, [len_bytes]) {
+                arena.tensors.push(Tensor { meta, offset: arena.len_bytes });
+                arena.len_bytes += align_up(len_bytes);
+            }
+        }
+        manifest.shares.insert(rank, Arc::new(Share { arenas: vec![arena] }));
+    }
+    let members: Vec<Rank> = (0..ranks).collect();
+    let limits = PlanLimits {
+        target_bucket_bytes: 1 << 20,
+        max_bucket_bytes: 1 << 20,
+        ring_slack_bytes,
+        window: Some(window),
+        ..PlanLimits::default()
+    };
+    let input = PlanInput {
+        manifest: &manifest,
+        members: &members,
+        free_bytes: 1 << 30,
+        limits,
+        method: Method::Broadcast,
+    };
+    // Nothing about this input can be refused; an empty plan would be seen by the tests.
+    plan(&input).unwrap_or_else(|_| empty_plan(ranks, 0, 0, 1, 0))
 }

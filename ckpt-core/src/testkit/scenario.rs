@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     Costs, Fault, Random, SimCluster, SimConfig, SimRank, Skip, TimedFault, TransportModel, WorkerStep,
-    random_plan, ring_plan,
+    planned, random_plan, ring_plan,
 };
 use crate::{deadlines::Deadlines, types::Rank};
 
@@ -30,10 +30,11 @@ fn allowance(fault: Fault, d: &Deadlines) -> Duration {
         // After the commit an engine waits for the worker that nobody tells to finish.
         Fault::RankDies { fin, .. } => d.release * 2 + if fin { d.heartbeat } else { silence },
         Fault::LinkBreaks { .. } | Fault::OtherVersion { .. } => d.heartbeat,
-        Fault::HubDies { .. } | Fault::Partition { .. } => silence,
+        // Before Begin a rank waits a little longer, lest a late word hits its next call.
+        Fault::HubDies { .. } | Fault::Partition { .. } => silence + d.abort + d.dead_after,
         Fault::Freeze { duration, .. } => duration + silence,
         Fault::WorkerHangs { step, .. } => match step {
-            WorkerStep::Open => d.ready,
+            WorkerStep::Open => d.ready + d.dead_after,
             WorkerStep::Bucket(_) => d.bucket,
             WorkerStep::Release | WorkerStep::Hook => d.release,
         },
@@ -87,10 +88,10 @@ pub fn scenario(seed: u64, skip: Option<Skip>) -> SimConfig {
     let mut random = Random::new(seed ^ 0xc0ff_ee00);
     let ranks = 2 + random.below(4) as u32;
     let buckets = 1 + random.below(12) as u32;
-    let plan = if random.one_in(2) {
-        ring_plan(ranks, buckets, 2 + random.below(3) as u32, 1 + random.below(2) as u32, 1 << 20)
-    } else {
-        random_plan(ranks, buckets, 4 << 20, &mut random)
+    let plan = match random.below(3) {
+        0 => ring_plan(ranks, buckets, 2 + random.below(3) as u32, 1 + random.below(2) as u32, 1 << 20),
+        1 => random_plan(ranks, buckets, 4 << 20, &mut random),
+        _ => planned(ranks, buckets, 1 + random.below(4) as u32, 1 << 20, &mut random),
     };
     let engines = !random.one_in(4);
     let mut config = SimConfig::new(ranks, plan);

@@ -3,6 +3,8 @@
 //! Each wait of `docs/ARCHITECTURE.md`'s "life of one bucket" is one method or one condition here, named by a [`Rule`].
 
 mod fingerprint;
+#[cfg(test)]
+mod tests;
 mod timers;
 
 use std::{collections::VecDeque, time::Duration};

@@ -110,3 +110,37 @@ unsafe impl Buffer for HostRing {
         MemoryKind::Host
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    #[test]
+    fn only_private_files_are_mapped_and_only_inside() {
+        let private = std::fs::Permissions::from_mode(0o700);
+        let dir = tempfile::Builder::new().permissions(private).tempdir().unwrap();
+        let path = dir.path().join("ring");
+        std::fs::write(&path, (0..100).collect::<Vec<u8>>()).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+
+        let ring = HostRing::map(&path, 10, 90).unwrap();
+        assert_eq!((ring.len_bytes(), ring.map[0], ring.map[89]), (90, 10, 99));
+        assert_eq!(HostRing::map(&path, 100, 0).unwrap().len_bytes(), 0);
+
+        for (offset, len) in [(0, 101), (101, 0), (u64::MAX, 2)] {
+            let error = HostRing::map(&path, offset, len).unwrap_err();
+            assert!(error.message().contains("outside the file of 100 bytes"), "{error}");
+        }
+        let link = dir.path().join("link");
+        symlink(&path, &link).unwrap();
+        assert_eq!(HostRing::map(&link, 0, 1).unwrap_err().kind(), ErrorKind::Unavailable);
+        assert_eq!(HostRing::map(Path::new("ring"), 0, 1).unwrap_err().kind(), ErrorKind::Corrupt);
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
+        assert!(HostRing::map(&path, 0, 1).unwrap_err().message().contains("mode 0600"));
+        let open = std::fs::Permissions::from_mode(0o711);
+        std::fs::set_permissions(dir.path(), open).unwrap();
+        assert!(HostRing::map(&path, 0, 1).unwrap_err().message().contains("chmod 0700"));
+    }
+}

@@ -64,10 +64,14 @@ impl<'a> TensorView<'a> {
         self.ring.memory()
     }
 
+    /// The bytes with what keeps them mapped: for copies that a device makes by itself.
+    pub fn slice(&self) -> Result<BufferSlice> {
+        BufferSlice::new(self.ring.clone(), self.offset..self.offset + self.meta.len_bytes())
+    }
+
     /// The bytes; an error for device memory.
     pub fn bytes(&self) -> Result<&'a [u8]> {
-        let range = self.offset..self.offset + self.meta.len_bytes();
-        let pointer = BufferSlice::new(self.ring.clone(), range)?.host_ptr()?;
+        let pointer = self.slice()?.host_ptr()?;
         // SAFETY: `new` checked the range; `ring` keeps the mapping for 'a; the parameter server writes these bytes
         // only after the ack of this bucket, which is sent after the call that this view was made for.
         Ok(unsafe { std::slice::from_raw_parts(pointer.as_ptr(), self.meta.len_bytes() as usize) })

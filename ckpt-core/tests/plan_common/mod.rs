@@ -16,7 +16,7 @@ pub const GIB: u64 = 1 << 30;
 
 /// A meta of `len_bytes` bytes.
 pub fn bytes_meta(name: impl Into<Arc<str>>, len_bytes: u64) -> TensorMeta {
-    TensorMeta::new(name, DType::U8, [len_bytes]).unwrap()
+    TensorMeta::new(name, DType::U8, [len_bytes]).expect("tests keep sizes below 2^61 bytes")
 }
 
 /// Lays tensors out one after the other at aligned offsets.

@@ -107,8 +107,6 @@ impl fmt::Debug for PinnedMemory {
 }
 
 impl PinnedMemory {
-    /// Usable from every context of the process.
-    const PORTABLE: u32 = 1;
     /// For memory that is mapped without the right to write.
     const READ_ONLY: u32 = 8;
 
@@ -129,10 +127,8 @@ impl PinnedMemory {
             // drop unregisters before `memory` goes.
             Ok(unsafe { (context.driver.functions.host_register)(first as usize, len as usize, flags) })
         };
-        let mut code = register(Self::PORTABLE)?;
-        if [CUDA_INVALID_VALUE, CUDA_NOT_SUPPORTED].contains(&code)
-            && register(Self::PORTABLE | Self::READ_ONLY)? == 0
-        {
+        let mut code = register(0)?;
+        if [CUDA_INVALID_VALUE, CUDA_NOT_SUPPORTED].contains(&code) && register(Self::READ_ONLY)? == 0 {
             // The mapping has no write permission: now it is registered as such.
             code = 0;
         }

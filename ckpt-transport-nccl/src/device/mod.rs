@@ -11,6 +11,7 @@ mod memory;
 mod numa;
 mod ring;
 mod stream;
+pub mod worker;
 
 use std::{
     ffi::{CStr, c_char},
@@ -269,3 +270,5 @@ impl DeviceBackend for CudaDevice {
 
 #[cfg(test)]
 pub(crate) mod tests;
+#[cfg(test)]
+mod worker_tests;

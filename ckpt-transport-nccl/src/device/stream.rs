@@ -69,7 +69,8 @@ impl CudaStream {
         enqueued
     }
 
-    fn record_cuda(&self) -> Result<CudaEvent> {
+    /// [`Stream::record`] with its own type.
+    pub fn record_cuda(&self) -> Result<CudaEvent> {
         let mut keep = self.kept();
         let event = RawEvent::record(&self.context, self.raw)?;
         Ok(self.poller.watch(self.number, event, std::mem::take(&mut *keep)))

@@ -12,6 +12,8 @@ use std::{
     time::Duration,
 };
 
+use rustix::mm::{self, Advice, MapFlags, MprotectFlags, ProtFlags};
+
 use crate::{
     device::{Functions, IpcHandle},
     table::Handle,
@@ -48,7 +50,8 @@ struct World {
     contexts: BTreeMap<Handle, Arc<Context>>,
     streams: BTreeMap<Handle, Arc<Stream>>,
     events: BTreeMap<Handle, Arc<Event>>,
-    device: BTreeMap<u64, Box<[u64]>>,
+    /// Device blocks: address and length.
+    device: BTreeMap<u64, u64>,
     registered: BTreeMap<u64, u64>,
 }
 
@@ -91,11 +94,7 @@ pub(crate) fn is_registered(address: u64) -> bool {
 fn is_valid(address: u64, len: u64) -> bool {
     let world = world();
     let inside = |start: u64, bytes: u64| address >= start && address + len <= start + bytes;
-    let block = world
-        .device
-        .range(..=address)
-        .next_back()
-        .is_some_and(|(start, b)| inside(*start, b.len() as u64 * 8));
+    let block = world.device.range(..=address).next_back().is_some_and(|(start, b)| inside(*start, *b));
     block || world.registered.iter().any(|(start, bytes)| inside(*start, *bytes))
 }
 
@@ -208,17 +207,29 @@ unsafe extern "C" fn memory_alloc(address: *mut u64, len: usize) -> i32 {
     if len > 1 << 30 {
         return 2;
     }
-    let block = vec![0xABAB_ABAB_ABAB_ABAB_u64; len.div_ceil(8)].into_boxed_slice();
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a new mapping of its own.
+    let block =
+        unsafe { mm::mmap_anonymous(std::ptr::null_mut(), len, protection, MapFlags::PRIVATE) }.unwrap();
+    // Not zero, as fresh device memory; all of it would take too long.
+    // SAFETY: the mapping is that long.
+    unsafe { std::ptr::write_bytes(block.cast::<u8>(), 0xAB, len.min(64 << 10)) };
     // SAFETY: the caller gives room for one address.
-    unsafe { *address = block.as_ptr() as u64 };
-    world().device.insert(block.as_ptr() as u64, block);
+    unsafe { *address = block as u64 };
+    world().device.insert(block as u64, len as u64);
     0
 }
 
 unsafe extern "C" fn memory_free(address: u64) -> i32 {
-    // Never given back, so that the address stays free for ever.
-    let freed = world().device.remove(&address).map(Box::leak);
-    if freed.is_some() { 0 } else { INVALID_VALUE }
+    let Some(len) = world().device.remove(&address) else { return INVALID_VALUE };
+    let block = address as *mut std::ffi::c_void;
+    // The address is never used again, and whoever still touches it crashes.
+    // SAFETY: the mapping is the fake's own.
+    unsafe {
+        mm::madvise(block, len as usize, Advice::LinuxDontNeed).unwrap();
+        mm::mprotect(block, len as usize, MprotectFlags::empty()).unwrap();
+    }
+    0
 }
 
 unsafe extern "C" fn host_register(address: usize, len: usize, _: u32) -> i32 {

@@ -2,7 +2,7 @@
 
 use std::hash::{Hash, Hasher};
 
-use super::HubMachine;
+use super::{HubMachine, attempt::Stage};
 
 impl HubMachine {
     /// Feeds everything but times and gathers. Only for drained hubs: pending messages are not part of it.
@@ -23,5 +23,11 @@ impl HubMachine {
                 error.as_ref().map(|e| (e.kind(), e.message())).hash(state);
             }
         }
+    }
+
+    /// A symptom waits for its cause.
+    #[doc(hidden)]
+    pub fn weighs_a_symptom(&self) -> bool {
+        self.attempts.iter().any(|a| a.suspect.is_some() && a.stage != Stage::Committed)
     }
 }

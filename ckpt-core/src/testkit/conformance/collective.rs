@@ -222,6 +222,7 @@ async fn keep_alive(factory: &dyn Factory, members: u32) -> Result<()> {
             let (middle, target) = (node.bench.memory(len)?, node.bench.memory(len)?);
             let gate = super::device::close_gate(&node.bench.stream)?;
             if rank == 0 {
+                let source = node.bench.device.pin(source)?;
                 node.bench.stream.copy(BufferSlice::whole(source), middle.clone())?;
             } else {
                 drop(source);

@@ -101,6 +101,8 @@ async fn keep_alive(bench: &Bench) -> Result<()> {
     let (middle, end) = (bench.memory(2 << 20)?, bench.memory(2 << 20)?);
     let stream = bench.device.stream("short-lived")?;
     let gate = close_gate(&stream)?;
+    // Accelerators copy from pinned memory only.
+    let source = bench.device.pin(source)?;
     stream.copy(BufferSlice::whole(source), middle.clone())?;
     stream.copy(middle, end.clone())?;
     let event = stream.record()?;

@@ -30,12 +30,15 @@ impl SimCluster {
             return Ok(());
         }
         let costs = self.config.costs;
+        let prepare = self.jitter(costs.prepare);
+        let open = self.jitter(costs.open);
+        let wind_up = self.jitter(costs.wind_up);
         match action {
             Action::Prepare { .. } => {
                 if self.is_fault(rank, Fault::PrepareHangs { rank }) {
                     self.struck_at.get_or_insert(self.now);
                 } else {
-                    self.answer(rank, costs.prepare, Answer::Prepared);
+                    self.answer(rank, prepare, Answer::Prepared);
                 }
             }
             Action::StartEngine => {
@@ -45,7 +48,7 @@ impl SimCluster {
                         && self.rounds[round].ranks[other as usize].opening
                         && self.leader(other) == Some(rank);
                     if waits {
-                        self.worker_step(other, WorkerStep::Open, costs.open, Answer::Opened);
+                        self.worker_step(other, WorkerStep::Open, open, Answer::Opened);
                     }
                 }
             }
@@ -58,7 +61,7 @@ impl SimCluster {
                     }
                 };
                 if called {
-                    self.worker_step(rank, WorkerStep::Open, costs.open, Answer::Opened);
+                    self.worker_step(rank, WorkerStep::Open, open, Answer::Opened);
                 }
             }
             Action::Load { bucket } => {
@@ -77,19 +80,19 @@ impl SimCluster {
             Action::Exchange { .. } | Action::Free { .. } => {}
             Action::Publish { bucket } => {
                 let bytes = self.config.plan.buckets[bucket as usize].len_bytes;
-                let cost = transfer(bytes, costs.worker_bytes_per_sec) + costs.step;
+                let cost = transfer(bytes, costs.worker_bytes_per_sec) + self.jitter(costs.step);
                 let (start, end) = (self.now, self.now + cost);
                 self.span(rank, bucket, SpanKind::Worker, start, end);
                 self.worker_step(rank, WorkerStep::Bucket(bucket), cost, Answer::Ack);
             }
             Action::ReleaseSink => {
-                self.worker_step(rank, WorkerStep::Release, costs.wind_up, Answer::Released);
+                self.worker_step(rank, WorkerStep::Release, wind_up, Answer::Released);
             }
             Action::RunPostHook => {
-                self.worker_step(rank, WorkerStep::Hook, costs.wind_up, Answer::HookDone);
+                self.worker_step(rank, WorkerStep::Hook, wind_up, Answer::HookDone);
             }
             Action::AbortLocal { cause } => {
-                self.answer(rank, costs.wind_up, Answer::AbortDone);
+                self.answer(rank, wind_up, Answer::AbortDone);
                 if let Some(leader) = self.leader(rank) {
                     let round = self.processes[me].round;
                     let at = self.now + self.jitter(costs.wind_up * 2);
@@ -132,7 +135,7 @@ impl SimCluster {
 
     fn answer(&mut self, rank: Rank, cost: Duration, answer: Answer) {
         let round = self.processes[rank as usize].round;
-        let at = self.now + self.jitter(cost);
+        let at = self.now + cost;
         self.schedule(at, What::Answer(rank, round, answer));
     }
 
@@ -215,7 +218,8 @@ impl SimCluster {
             !r.has_worker || r.hook_done
         });
         if all && !self.is_fault(leader, Fault::EngineHangs { rank: leader }) {
-            self.answer(leader, self.config.costs.wind_up, Answer::EngineDone);
+            let wind_up = self.jitter(self.config.costs.wind_up);
+            self.answer(leader, wind_up, Answer::EngineDone);
         }
         if all && self.is_fault(leader, Fault::EngineHangs { rank: leader }) {
             self.struck_at.get_or_insert(self.now);

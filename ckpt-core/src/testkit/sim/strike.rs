@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{Answer, SimCluster, What};
 use crate::{
-    control::{ToHub, ToRank},
+    control::{HubMachine, ToHub, ToRank},
     testkit::{Fault, Violation, WorkerStep, model::End, wire},
     types::{Epoch, Rank, Version},
     update::Event,
@@ -108,6 +108,10 @@ impl SimCluster {
                 }
             }
             Fault::SecondCall { rank } => {
+                let runs = |hub: &HubMachine| hub.attempts().iter().any(|a| a.stage != "joining");
+                if !self.hub.as_ref().is_some_and(runs) {
+                    return Ok(());
+                }
                 self.struck_at = Some(self.now);
                 let outsider = self.count();
                 // It may have been silent for too long by now; then it comes anew.

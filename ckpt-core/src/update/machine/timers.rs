@@ -5,10 +5,10 @@
 
 use std::time::Duration;
 
-use super::{Sink, Stage, UpdateMachine};
+use super::{OPERATION, Sink, Stage, UpdateMachine};
 use crate::{
     deadlines::Deadlines,
-    error::{ErrorKind, Key},
+    error::{Error, ErrorKind, Key},
     update::Rule,
 };
 
@@ -96,8 +96,9 @@ impl UpdateMachine {
                 all[2] = Some((at, Overdue::Go));
             }
             Stage::Moving => {
+                // The engine has `ready` to answer; if it does not, its own message is the better one.
                 if self.sink == Sink::Opening && self.keeps(Rule::ReadyDeadline) {
-                    all[2] = Some((after(d.ready), Overdue::Open));
+                    all[2] = Some((after(d.ready.saturating_add(slack)), Overdue::Open));
                 }
                 if self.keeps(Rule::BucketDeadline) {
                     all[3] = self.exchange_overdue();
@@ -137,16 +138,18 @@ impl UpdateMachine {
         all.into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
-    /// The oldest bucket that is enqueued and not here yet. A bucket that waits for an earlier one can be held up by
-    /// any rank's worker: its clock runs once all workers are there, and twice as long, so that the rank with the slow
-    /// worker speaks first.
+    /// The oldest bucket that is enqueued and not here yet. From the first bucket on that waits for an earlier one, any
+    /// rank's worker can hold it up: its clock runs once all workers are there, and twice as long, so that the rank
+    /// with the slow worker speaks first.
     fn exchange_overdue(&self) -> Option<(Duration, Overdue)> {
         let limit = self.config.deadlines.bucket;
         let bucket = (self.exchanged_count..self.written).find(|b| !self.exchanged[*b as usize])?;
         let since = self.written_at[bucket as usize].max(self.last_exchanged);
-        let at = match self.waits_for[bucket as usize] {
-            None => since.saturating_add(limit),
-            Some(_) => since.max(self.all_opened?).saturating_add(limit.saturating_mul(2)),
+        let held = self.waits_for.iter().take(bucket as usize + 1).any(Option::is_some);
+        let at = if held {
+            since.max(self.all_opened?).saturating_add(limit.saturating_mul(2))
+        } else {
+            since.saturating_add(limit)
         };
         Some((at, Overdue::Exchange(bucket)))
     }
@@ -154,12 +157,19 @@ impl UpdateMachine {
     fn overdue(&mut self, what: Overdue, now: Duration) {
         let d = self.config.deadlines;
         let within = |limit: Duration| format!("within {} s", limit.as_secs_f64());
-        let timeout = |text: String| self.error(ErrorKind::Timeout, text);
+        let rank = self.config.rank;
+        let timeout =
+            move |text: String| Error::new(ErrorKind::Timeout, OPERATION, text).with(Key::Rank, rank);
         let cause = match what {
-            Overdue::Lease => timeout(format!(
-                "the hub has not answered {}; this rank stops, since the others may have gone on without it",
-                within(d.dead_after)
-            )),
+            Overdue::Lease => {
+                // Do not wait for its word either. Before Begin it must be awaited: it names no epoch, and the next
+                // call could take it for its own.
+                self.hub_settled |= self.epoch.is_some();
+                timeout(format!(
+                    "the hub has not answered {}; this rank stops, since the others may have gone on without it",
+                    within(d.dead_after)
+                ))
+            }
             Overdue::Join => timeout(format!("not all ranks called update {}", within(d.join))),
             Overdue::Prepare => timeout(format!(
                 "the engine, the ring and the communicator were not ready {}",
@@ -177,12 +187,16 @@ impl UpdateMachine {
                 timeout(format!("the worker did not acknowledge a bucket {}", within(d.bucket)))
                     .with(Key::Bucket, b)
             }
-            Overdue::Total => timeout(format!(
-                "the update was not loaded {} ({} of {} buckets were)",
-                within(d.total),
-                self.freed,
-                self.waits_for.len()
-            )),
+            Overdue::Total => {
+                let text = format!(
+                    "the update was not loaded {} ({} of {} buckets were): {}",
+                    within(d.total),
+                    self.freed,
+                    self.waits_for.len(),
+                    self.pending()
+                );
+                timeout(text).with(Key::Bucket, self.freed)
+            }
             Overdue::Doubt => {
                 // A process that was stopped may have the decision in its socket: give it a moment to read.
                 if self.doubt_at.is_none() {
@@ -210,5 +224,18 @@ impl UpdateMachine {
             Overdue::Failing => return self.end_failed(now),
         };
         self.fail(cause, now);
+    }
+
+    /// What an update that takes too long waits for.
+    fn pending(&self) -> &'static str {
+        match self.stage {
+            Stage::Preparing => "this rank is not ready",
+            Stage::Ready => "other ranks are not ready",
+            _ if self.sink == Sink::Opening => {
+                "the worker has not mapped the ring; check that the engine was told this rank's endpoint"
+            }
+            _ if self.published > self.acked => "the worker has the next bucket",
+            _ => "the next bucket is not here",
+        }
     }
 }
