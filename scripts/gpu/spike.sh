@@ -2,14 +2,13 @@
 # Runs the two-GPU spike and the tests that need a GPU, from binaries that were built elsewhere; tables come last.
 #   scripts/gpu/spike.sh FOLDER [GIB]
 # FOLDER holds `two_gpu_broadcast` and `gpu`, as scripts/gpu/build.sh makes it.
-# Logs go to $OUT, or to a folder of its own.
+# Where $OUT is set, all logs go to $OUT/logs.tgz.
 set -u
 folder=$(readlink -f "${1:?usage: spike.sh FOLDER [GIB]}")
 binary=$folder/two_gpu_broadcast
 chmod +x "$binary" "$folder/gpu"
 gib=${2:-4}
-out=${OUT:-$(mktemp -d)}
-mkdir -p "$out"
+out=$(mktemp -d)
 # Multicast over NVLink is not wanted here; whoever set it keeps it so.
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
 export RUST_BACKTRACE=1
@@ -71,4 +70,6 @@ nvidia-smi --query-gpu=index,memory.used --format=csv
 for name in nccl_conforms cuda_conforms a_native_worker_takes_138_980_tensors debug small_buckets alone spike; do
     [ -f "$out/$name.out" ] && { echo "=== $name"; cat "$out/$name.out"; }
 done
+[ -z "${OUT:-}" ] || tar -czf "$OUT/logs.tgz" -C "$out" .
+echo "=== overall: $([ $status = 0 ] && echo PASS || echo FAIL)"
 exit $status
