@@ -127,7 +127,8 @@ pub fn python_package_folders(package: &str, env: &dyn Fn(&str) -> Option<String
 /// Where the `python3` that a user would start lives. In a virtual environment it is a link to another one.
 fn path_python_prefixes(path: &str) -> Vec<PathBuf> {
     let mut prefixes = Vec::new();
-    let found = std::env::split_paths(path).map(|folder| folder.join("python3")).find(|python| python.exists());
+    let found =
+        std::env::split_paths(path).map(|folder| folder.join("python3")).find(|python| python.exists());
     let mut next = found;
     // Links in a ring would never end.
     for _ in 0..8 {
