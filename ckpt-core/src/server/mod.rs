@@ -1,23 +1,27 @@
 //! The parameter server: one per inference worker, holds a share of checkpoints and moves it on request.
 
+mod metas;
 mod report;
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 
-pub use report::{Stages, UpdateReport};
-
+use self::metas::Known;
+pub use self::report::{Stages, UpdateReport};
 use crate::{
     checkpoint::RegisteredCheckpoint,
     control::{Joining, Session, ToHub},
     deadlines::Deadlines,
     device::{DeviceBackend, Ring},
     error::{Error, ErrorKind, Key, Recovery, Result},
-    manifest::{Manifest, Share},
-    plan::PlanLimits,
+    metas::{EncodedLayout, LayoutCache},
+    plan::{Location, PlanLimits},
     sink::WeightSink,
-    transport::Transport,
+    transport::{Registration, Transport},
     types::{Rank, Version},
     update::{
         EngineCall, Outcome,
@@ -46,7 +50,9 @@ pub struct UpdateRequest {
     pub checkpoint: String,
     /// The version being installed; every member names the same.
     pub version: Version,
-    /// The members, ascending; empty for all ranks of the job.
+    /// Empty: a broadcast to all ranks of the job, which hold the checkpoint themselves. Else the members of a P2P update:
+    /// some of them pull from the owners' memory and broadcast to the others; ranks that are not named go on undisturbed.
+    /// With metas of another job ([`ParameterServer::load_metas`]) every update is P2P, and empty means all ranks.
     pub ranks: Vec<Rank>,
     /// The link to this rank's worker; `None` for a rank without one.
     pub sink: Option<Box<dyn WeightSink>>,
@@ -54,17 +60,42 @@ pub struct UpdateRequest {
     pub engine: Option<EngineCall>,
 }
 
+/// One registered checkpoint.
+struct Held {
+    /// Dropped before the memory: nobody starts to read what is about to go.
+    registrations: Vec<Arc<dyn Registration>>,
+    /// The share in the form in which it travels; made once.
+    layout: Option<EncodedLayout>,
+    checkpoint: Arc<RegisteredCheckpoint>,
+}
+
 /// Holds a share of checkpoints in host memory and updates running engines from it.
+///
+/// # Whose memory is read, and for how long
+/// [`Self::gather_metas`] registers the checkpoint's arenas with the reading transport and tells the others where they
+/// are. From then on readers (in this job or in another) need no call here. [`Self::unregister`] ends the registrations
+/// first: a read that is under way keeps its bytes mapped, which keeps the pool from giving them to another checkpoint,
+/// and fails with an error that says so; it never takes bytes of another version.
 pub struct ParameterServer {
     rank: Rank,
     world_size: u32,
     session: Session,
     device: Arc<dyn DeviceBackend>,
     transport: Arc<dyn Transport>,
+    reader: Arc<dyn Transport>,
+    location: Location,
     deadlines: Deadlines,
     limits: PlanLimits,
-    checkpoints: HashMap<String, Arc<RegisteredCheckpoint>>,
-    manifests: HashMap<String, Arc<Manifest>>,
+    checkpoints: HashMap<String, Held>,
+    /// What was gathered, by checkpoint.
+    gathered: HashMap<String, Known>,
+    /// What was loaded: for every checkpoint that was not gathered since.
+    loaded: Option<Known>,
+    /// Which of the above came last.
+    latest: Option<Known>,
+    layouts: LayoutCache,
+    /// Where the ranks of this job are, as they said it themselves.
+    locations: BTreeMap<Rank, Location>,
     group: Option<Group>,
     /// Rings that a worker may still have mapped after a failure.
     quarantine: Vec<Arc<dyn Ring>>,
@@ -72,22 +103,55 @@ pub struct ParameterServer {
 }
 
 impl ParameterServer {
-    /// A server without checkpoints.
+    /// A server without checkpoints. P2P updates read through the one-sided facet of `config.transport`.
     pub fn new(config: ServerConfig) -> Self {
+        let rank = config.session.rank();
         Self {
-            rank: config.session.rank(),
+            rank,
             world_size: config.session.world_size(),
             session: config.session,
             device: config.device,
+            reader: config.transport.clone(),
             transport: config.transport,
+            location: Location { rank, hca: String::new(), host: crate::control::host_name() },
             deadlines: config.deadlines,
             limits: config.limits,
             checkpoints: HashMap::new(),
-            manifests: HashMap::new(),
+            gathered: HashMap::new(),
+            loaded: None,
+            latest: None,
+            layouts: LayoutCache::default(),
+            locations: BTreeMap::new(),
             group: None,
             quarantine: Vec::new(),
             gathers: 0,
         }
+    }
+
+    /// Reads other ranks' memory, and lets them read ours, through `reader` instead: where the transport that broadcasts
+    /// has no one-sided facet, or where the owners belong to a job with another secret.
+    #[must_use]
+    pub fn with_reader(mut self, reader: Arc<dyn Transport>) -> Self {
+        self.reader = reader;
+        self
+    }
+
+    /// Where this rank is in the network: ranks with equal `host` and `hca` (`mlx5_0`, `mlx5_0,mlx5_1` or nothing) share
+    /// a link, and one of them pulls for all. Without this: the host's name and no HCA.
+    #[must_use]
+    pub fn with_location(mut self, host: impl Into<String>, hca: impl Into<String>) -> Self {
+        self.location = Location { rank: self.rank, hca: hca.into(), host: host.into() };
+        self
+    }
+
+    /// This rank's number in its job.
+    pub fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    /// Ranks of the job.
+    pub fn world_size(&self) -> u32 {
+        self.world_size
     }
 
     /// The rank's device.
@@ -104,64 +168,44 @@ impl ParameterServer {
                 format!("`{name}` is registered already; unregister it first"),
             ));
         }
-        self.checkpoints.insert(name.to_owned(), Arc::new(checkpoint));
+        let held = Held { registrations: Vec::new(), layout: None, checkpoint: Arc::new(checkpoint) };
+        self.checkpoints.insert(name.to_owned(), held);
         Ok(())
     }
 
-    /// Lets go of `name`; `false` if there was none.
+    /// Lets go of `name`; `false` if there was none. Reads of its memory that are under way fail at their readers.
     pub fn unregister(&mut self, name: &str) -> bool {
-        self.manifests.remove(name);
+        self.forget_metas(name);
         self.checkpoints.remove(name).is_some()
     }
 
     /// What this rank holds under `name`.
     pub fn checkpoint(&self, name: &str) -> Option<&Arc<RegisteredCheckpoint>> {
-        self.checkpoints.get(name)
+        self.checkpoints.get(name).map(|held| &held.checkpoint)
     }
 
-    /// Collective: every rank learns what every rank holds of `name`.
-    pub async fn gather_metas(&mut self, name: &str) -> Result<Arc<Manifest>> {
-        let share = match self.checkpoints.get(name) {
-            Some(checkpoint) => (*checkpoint.share).clone(),
-            None => Share::default(),
-        };
-        self.gathers += 1;
-        let gather = format!("metas {} of {name}", self.gathers);
-        let part = encode(&share)?;
-        let deadline = std::time::Instant::now() + self.deadlines.join;
-        let parts = self.session.gather(&gather, Bytes::from(part), deadline).await?;
-        let mut manifest = Manifest::default();
-        for (rank, part) in parts.iter().enumerate() {
-            let share = decode(part).map_err(|e| e.with(Key::Rank, rank))?;
-            if share.tensors().next().is_some() {
-                manifest.shares.insert(rank as Rank, Arc::new(share));
-            }
-        }
-        let manifest = Arc::new(manifest);
-        self.manifests.insert(name.to_owned(), manifest.clone());
-        Ok(manifest)
+    /// Names of what this rank holds, sorted.
+    pub fn checkpoints(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = self.checkpoints.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        names
     }
 
     /// Waits until every rank has come here.
     pub async fn barrier(&mut self, name: &str) -> Result<()> {
-        self.gathers += 1;
-        let gather = format!("barrier {} {name}", self.gathers);
-        let deadline = std::time::Instant::now() + self.deadlines.join;
-        self.session.gather(&gather, Bytes::new(), deadline).await.map(drop)
+        self.gather(&format!("barrier {name}"), Bytes::new()).await.map(drop)
     }
 
     /// Collective over `request.ranks`: moves the checkpoint into every member's worker, or into none.
+    ///
+    /// `request.ranks` also says how: see [`UpdateRequest::ranks`].
     pub async fn update(&mut self, mut request: UpdateRequest) -> Result<UpdateReport> {
         let operation = "update weights";
-        let manifest = self.manifests.get(&request.checkpoint).cloned().ok_or_else(|| {
-            Error::new(
-                ErrorKind::ConfigInvalid,
-                operation,
-                format!("no metas of `{}`: gather or load them first", request.checkpoint),
-            )
-            .with(Key::Rank, self.rank)
-        })?;
-        let arenas = self.checkpoints.get(&request.checkpoint).map(|c| c.arenas.clone()).unwrap_or_default();
+        let known = self.known(&request.checkpoint)?;
+        let pull = self.pull(&known, !request.ranks.is_empty())?;
+        let p2p = pull.is_some();
+        let held = self.checkpoints.get(&request.checkpoint).map(|held| held.checkpoint.clone());
+        let arenas = held.map(|c| c.arenas.clone()).unwrap_or_default();
         if request.ranks.is_empty() {
             request.ranks = (0..self.world_size).collect();
         }
@@ -204,8 +248,9 @@ impl ParameterServer {
             transport: self.transport.clone(),
             deadlines: self.deadlines,
             limits: self.limits.clone(),
-            manifest: manifest.clone(),
+            manifest: known.manifest.clone(),
             arenas,
+            pull,
             sink: request.sink,
             engine: request.engine,
             group: self.group.take(),
@@ -216,9 +261,15 @@ impl ParameterServer {
         self.group = group;
         self.quarantine.extend(quarantined);
         match outcome {
-            Outcome::Committed { failure: None } => {
-                Ok(UpdateReport::new(request.version, epoch, plan.as_deref(), &manifest, &trace))
-            }
+            Outcome::Committed { failure: None } => Ok(UpdateReport::new(
+                request.version,
+                epoch,
+                self.rank,
+                p2p,
+                plan.as_deref(),
+                &known.manifest,
+                &trace,
+            )),
             Outcome::Committed { failure: Some(cause) } => Err(cause),
             Outcome::Failed { cause } => Err(cause),
             Outcome::InDoubt { cause } => Err(Error::new(
@@ -234,14 +285,4 @@ impl ParameterServer {
             .caused_by(cause)),
         }
     }
-}
-
-fn encode(share: &Share) -> Result<Vec<u8>> {
-    postcard::to_allocvec(share)
-        .map_err(|e| Error::new(ErrorKind::Internal, "encode metas", "they cannot be written").caused_by(e))
-}
-
-fn decode(part: &[u8]) -> Result<Share> {
-    postcard::from_bytes(part)
-        .map_err(|e| Error::new(ErrorKind::Corrupt, "read metas", "they cannot be read").caused_by(e))
 }

@@ -5,7 +5,7 @@ use serde::Serialize;
 use crate::{
     manifest::Manifest,
     plan::UpdatePlan,
-    types::{Epoch, Version},
+    types::{Epoch, Rank, Version},
     update::trace::{Span, Stage, Trace, extent},
 };
 
@@ -35,6 +35,10 @@ pub struct UpdateReport {
     pub version: Version,
     /// The attempt that installed it.
     pub epoch: Epoch,
+    /// Some ranks pulled the bytes from their owners (P2P); else the owners broadcast them.
+    pub p2p: bool,
+    /// Bytes that this rank pulled or, in a broadcast, loaded from its own memory.
+    pub rooted_bytes: u64,
     /// Bytes of all tensors, each counted once.
     pub tensor_bytes: u64,
     /// Tensors.
@@ -56,6 +60,8 @@ impl UpdateReport {
     pub(super) fn new(
         version: Version,
         epoch: Option<Epoch>,
+        rank: Rank,
+        p2p: bool,
         plan: Option<&UpdatePlan>,
         manifest: &Manifest,
         trace: &Trace,
@@ -63,8 +69,10 @@ impl UpdateReport {
         let total_s = trace.now().as_secs_f64();
         let spans = trace.spans();
         let seconds = |stage| extent(&spans, stage).map_or(0.0, |(start, end)| (end - start).as_secs_f64());
-        let first_byte =
-            [Stage::Load, Stage::Exchange].into_iter().filter_map(|s| extent(&spans, s)).map(|e| e.0);
+        let first_byte = [Stage::Load, Stage::Pull, Stage::Exchange]
+            .into_iter()
+            .filter_map(|s| extent(&spans, s))
+            .map(|e| e.0);
         let last_ack =
             [Stage::Reload, Stage::Exchange].into_iter().filter_map(|s| extent(&spans, s)).map(|e| e.1);
         let transfer_s = match (first_byte.min(), last_ack.max()) {
@@ -80,9 +88,17 @@ impl UpdateReport {
             post_hook_s: seconds(Stage::PostHook),
             total_s,
         };
+        let rooted_bytes = plan
+            .into_iter()
+            .flat_map(|p| p.buckets.iter().flat_map(|b| &b.segments))
+            .filter(|s| s.root == rank)
+            .map(|s| s.len_bytes)
+            .sum();
         Self {
             version,
             epoch: epoch.unwrap_or_default(),
+            p2p,
+            rooted_bytes,
             tensor_bytes: manifest.tensor_bytes(),
             tensors: manifest.tensors().count() as u64,
             buckets: plan.map_or(0, |p| p.buckets.len() as u64),

@@ -1,4 +1,5 @@
-//! The device's lane: H2D of own segments, the group of broadcasts behind it, and the watch over both.
+//! The device's lane: H2D of own segments (or pulls of others'), the group of broadcasts behind them, and the watch over
+//! all of it.
 
 use std::{
     collections::BTreeMap,
@@ -6,10 +7,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{sync::mpsc, task::JoinHandle};
+use tokio::{
+    sync::{Semaphore, mpsc, oneshot},
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     Event,
+    pull::Puller,
     trace::{Stage, Trace},
 };
 use crate::{
@@ -24,14 +30,24 @@ use crate::{
 struct InFlight {
     bucket: u32,
     loaded: Option<(DeviceEvent, Duration)>,
+    /// Pulled bytes on their way from the host into the ring.
+    staged: Option<DeviceEvent>,
     exchanged: Option<DeviceEvent>,
     start: Duration,
     deadline: Instant,
 }
 
+/// Buckets that are pulled at once: one that keeps the links busy while the next begins. More would only make the
+/// first one later.
+const PULLS_AT_ONCE: usize = 2;
+
+/// A pull that was asked for: with what the exchange has still to wait for.
+type Pulled = oneshot::Receiver<Result<Option<DeviceEvent>>>;
+
 struct Exchange {
     bucket: u32,
     loaded: Option<(DeviceEvent, Duration)>,
+    pulled: Option<Pulled>,
 }
 
 /// What the lane works on.
@@ -41,6 +57,8 @@ pub(super) struct DeviceWork {
     pub(super) ring: Arc<dyn Ring>,
     /// The arenas of this rank's share.
     pub(super) arenas: Vec<Arc<dyn Buffer>>,
+    /// On a rank that pulls from others' memory.
+    pub(super) puller: Option<Arc<Puller>>,
     /// `None` for a group of one.
     pub(super) communicator: Option<Communicator>,
     pub(super) bucket_deadline: Duration,
@@ -54,6 +72,11 @@ pub(super) struct DeviceLane {
     arenas: Vec<Arc<dyn Buffer>>,
     h2d: Arc<dyn Stream>,
     loads: BTreeMap<u32, (DeviceEvent, Duration)>,
+    puller: Option<Arc<Puller>>,
+    pulls: Option<mpsc::UnboundedSender<(u32, oneshot::Sender<Result<Option<DeviceEvent>>>)>>,
+    pulled: BTreeMap<u32, Pulled>,
+    /// Ends the wait for pulls.
+    stop: CancellationToken,
     exchanges: mpsc::UnboundedSender<Exchange>,
     exchange_task: JoinHandle<Option<Box<dyn CommunicatorQueue>>>,
     watch_task: JoinHandle<()>,
@@ -77,11 +100,27 @@ impl DeviceLane {
         };
         let (exchanges, exchange_inbox) = mpsc::unbounded_channel();
         let (in_flight, watch_inbox) = mpsc::unbounded_channel();
+        let stop = CancellationToken::new();
+        let pulls = work.puller.clone().map(|puller| {
+            let (pulls, inbox) = mpsc::unbounded_channel();
+            let task = PullTask {
+                plan: work.plan.clone(),
+                puller,
+                h2d: h2d.clone(),
+                // As many are under way, and share the links.
+                limit: work.bucket_deadline * PULLS_AT_ONCE as u32,
+                trace: trace.clone(),
+                inbox,
+            };
+            tokio::spawn(stop.clone().run_until_cancelled_owned(task.run(stop.clone())));
+            pulls
+        });
         let exchange = ExchangeTask {
             plan: work.plan.clone(),
             memory: memory.clone(),
             net,
             queue,
+            stop: stop.clone(),
             bucket_deadline: work.bucket_deadline,
             trace: trace.clone(),
             events: events.clone(),
@@ -96,6 +135,10 @@ impl DeviceLane {
             arenas: work.arenas,
             h2d,
             loads: BTreeMap::new(),
+            puller: work.puller,
+            pulls,
+            pulled: BTreeMap::new(),
+            stop,
             exchanges,
             exchange_task: tokio::spawn(exchange.run()),
             watch_task: tokio::spawn(watch.run()),
@@ -104,12 +147,16 @@ impl DeviceLane {
         })
     }
 
-    /// Enqueues H2D of this rank's own segments of `bucket`.
+    /// Enqueues H2D of this rank's own segments of `bucket`, and asks for those that it pulls.
     pub(super) fn load(&mut self, bucket: u32) -> Result<()> {
         let start = self.trace.now();
-        let mut any = false;
+        let (mut any, mut pulls) = (false, false);
         let plan = self.plan.clone();
         for segment in plan.buckets[bucket as usize].segments.iter().filter(|s| s.root == self.rank) {
+            if self.puller.as_ref().is_some_and(|p| p.pulls(segment)) {
+                pulls = true;
+                continue;
+            }
             let arena = self.arenas.get(segment.arena as usize).ok_or_else(|| {
                 Error::new(
                     ErrorKind::Internal,
@@ -133,17 +180,26 @@ impl DeviceLane {
         if any {
             self.loads.insert(bucket, (self.h2d.record()?, start));
         }
+        if let (Some(queue), true) = (&self.pulls, pulls) {
+            let (done, pulled) = oneshot::channel();
+            // A task that was stopped leaves `pulled` without an answer, which the exchange reports.
+            let _ = queue.send((bucket, done));
+            self.pulled.insert(bucket, pulled);
+        }
         Ok(())
     }
 
     /// Enqueues the bucket's broadcasts behind its loads; [`Event::Exchanged`] or [`Event::Failed`] follows.
     pub(super) fn exchange(&mut self, bucket: u32) {
         // A task that has ended has already reported why.
-        let _ = self.exchanges.send(Exchange { bucket, loaded: self.loads.remove(&bucket) });
+        let (loaded, pulled) = (self.loads.remove(&bucket), self.pulled.remove(&bucket));
+        let _ = self.exchanges.send(Exchange { bucket, loaded, pulled });
     }
 
-    /// Poisons the communicator and frees whoever waits in it.
+    /// Poisons the communicator and frees whoever waits in it or for a pull. Reads that are under way own their memory
+    /// and end by themselves.
     pub(super) fn abort(&self, cause: Error) {
+        self.stop.cancel();
         if let Some(abort) = &self.abort {
             abort.abort(cause);
         }
@@ -159,11 +215,42 @@ impl DeviceLane {
     }
 }
 
+/// Starts pulls in plan order, a few at once.
+struct PullTask {
+    plan: Arc<UpdatePlan>,
+    puller: Arc<Puller>,
+    h2d: Arc<dyn Stream>,
+    limit: Duration,
+    trace: Trace,
+    inbox: mpsc::UnboundedReceiver<(u32, oneshot::Sender<Result<Option<DeviceEvent>>>)>,
+}
+
+impl PullTask {
+    async fn run(mut self, stop: CancellationToken) {
+        let places = Arc::new(Semaphore::new(PULLS_AT_ONCE));
+        while let Some((bucket, done)) = self.inbox.recv().await {
+            // The semaphore is never closed.
+            let Ok(place) = places.clone().acquire_owned().await else { return };
+            let (plan, puller, h2d) = (self.plan.clone(), self.puller.clone(), self.h2d.clone());
+            let (trace, limit) = (self.trace.clone(), self.limit);
+            tokio::spawn(stop.clone().run_until_cancelled_owned(async move {
+                let start = trace.now();
+                let outcome = puller.pull(&plan.buckets[bucket as usize], &*h2d, limit).await;
+                drop(place);
+                trace.end(Stage::Pull, Some(bucket), start);
+                // Nobody waits after an abort.
+                let _ = done.send(outcome);
+            }));
+        }
+    }
+}
+
 struct ExchangeTask {
     plan: Arc<UpdatePlan>,
     memory: Arc<dyn Buffer>,
     net: Arc<dyn Stream>,
     queue: Option<Box<dyn CommunicatorQueue>>,
+    stop: CancellationToken,
     bucket_deadline: Duration,
     trace: Trace,
     events: mpsc::UnboundedSender<Event>,
@@ -187,14 +274,23 @@ impl ExchangeTask {
         self.queue
     }
 
-    async fn enqueue(&mut self, exchange: Exchange) -> Result<InFlight> {
+    async fn enqueue(&mut self, mut exchange: Exchange) -> Result<InFlight> {
+        // Pulls are waited for here and not on the stream: on accelerators a collective that waits for bytes would keep
+        // the worker from the device. A pull ends by its own deadline.
+        let staged = match exchange.pulled.take() {
+            None => None,
+            Some(pulled) => {
+                let answer = self.stop.run_until_cancelled(pulled).await;
+                answer.and_then(std::result::Result::ok).unwrap_or_else(|| Err(stopped()))?
+            }
+        };
         let start = self.trace.now();
         let deadline = Instant::now() + self.bucket_deadline;
         let exchanged = match &mut self.queue {
             None => None,
             Some(queue) => {
-                if let Some((loaded, _)) = &exchange.loaded {
-                    self.net.wait(loaded)?;
+                for event in exchange.loaded.iter().map(|(loaded, _)| loaded).chain(&staged) {
+                    self.net.wait(event)?;
                 }
                 let segments = &self.plan.buckets[exchange.bucket as usize].segments;
                 let mut ops = Vec::with_capacity(segments.len());
@@ -213,7 +309,7 @@ impl ExchangeTask {
                 Some(queue.enqueue(ops, &self.net).await?)
             }
         };
-        Ok(InFlight { bucket: exchange.bucket, loaded: exchange.loaded, exchanged, start, deadline })
+        Ok(InFlight { bucket: exchange.bucket, loaded: exchange.loaded, staged, exchanged, start, deadline })
     }
 }
 
@@ -246,6 +342,9 @@ impl WatchTask {
             loaded.done(in_flight.deadline).await?;
             self.trace.end(Stage::Load, bucket, *start);
         }
+        if let Some(staged) = &in_flight.staged {
+            staged.done(in_flight.deadline).await?;
+        }
         if let Some(exchanged) = &in_flight.exchanged {
             exchanged.done(in_flight.deadline).await?;
             self.trace.end(Stage::Exchange, bucket, in_flight.start);
@@ -257,4 +356,8 @@ impl WatchTask {
             None => Ok(()),
         }
     }
+}
+
+fn stopped() -> Error {
+    Error::new(ErrorKind::Aborted, "pull weights", "the update had been aborted")
 }

@@ -14,6 +14,7 @@ use tokio::{
 use super::{
     Action, Event, MachineConfig, Outcome, UpdateMachine,
     device_lane::{DeviceLane, DeviceWork},
+    pull::{Pull, Puller},
     trace::{Stage, Trace},
     worker_lane::{Call, WorkerLane},
 };
@@ -63,6 +64,8 @@ pub(crate) struct Attempt {
     pub(crate) limits: PlanLimits,
     pub(crate) manifest: Arc<Manifest>,
     pub(crate) arenas: Vec<Arc<dyn Buffer>>,
+    /// Set in a P2P update.
+    pub(crate) pull: Option<Pull>,
     pub(crate) sink: Option<Box<dyn WeightSink>>,
     pub(crate) engine: Option<EngineCall>,
     pub(crate) group: Option<Group>,
@@ -83,6 +86,8 @@ pub(crate) struct Ended {
 struct Prepared {
     plan: Arc<UpdatePlan>,
     ring: Arc<dyn Ring>,
+    /// On a rank that pulls.
+    puller: Option<Puller>,
     group: Option<Group>,
 }
 
@@ -260,6 +265,11 @@ impl Driver {
         let manifest = self.attempt.manifest.clone();
         let group = self.attempt.group.take();
         let rank = self.attempt.rank;
+        let pull = self.attempt.pull.clone();
+        let method = match &pull {
+            Some(pull) => Method::P2p { receivers: pull.receivers(members) },
+            None => Method::Broadcast,
+        };
         let ranks: Vec<Rank> = members.iter().map(|m| m.rank).collect();
         let free_bytes = members.iter().map(|m| m.free_bytes).min().unwrap_or(0);
         let deadline = Instant::now() + self.attempt.deadlines.ready;
@@ -273,18 +283,19 @@ impl Driver {
                     members: &plan_ranks,
                     free_bytes,
                     limits,
-                    method: Method::Broadcast,
+                    method,
                 })?;
                 let ring = device.allocate_ring(plan.ring_bytes.max(SMALLEST_RING))?;
-                Ok((Arc::new(plan), ring))
+                let puller = pull.map(|pull| pull.puller(&plan, rank, &*ring)).transpose()?.flatten();
+                Ok((Arc::new(plan), ring, puller))
             });
             let group = connect(&*transport, rank, ranks, epoch, choice, group, deadline);
             let (plan_and_ring, group) = tokio::join!(plan_and_ring, group);
-            let (plan, ring) = plan_and_ring.map_err(|e| {
+            let (plan, ring, puller) = plan_and_ring.map_err(|e| {
                 Error::new(ErrorKind::Internal, "plan an update", "the planner panicked").caused_by(e)
             })??;
             trace.end(Stage::Prepare, None, start);
-            Ok(Prepared { plan, ring, group: group? })
+            Ok(Prepared { plan, ring, puller, group: group? })
         }));
     }
 
@@ -296,13 +307,14 @@ impl Driver {
     }
 
     fn start_device_lane(&mut self, prepared: Prepared) -> Result<Event> {
-        let Prepared { plan, ring, group } = prepared;
+        let Prepared { plan, ring, puller, group } = prepared;
         self.group_head = group.as_ref().map(|g| (g.epoch, g.members.clone()));
         let work = DeviceWork {
             rank: self.attempt.rank,
             plan: plan.clone(),
             ring: ring.clone(),
             arenas: self.attempt.arenas.clone(),
+            puller: puller.map(Arc::new),
             communicator: group.map(|g| g.communicator),
             bucket_deadline: self.attempt.deadlines.bucket,
         };

@@ -4,6 +4,7 @@ mod action;
 mod device_lane;
 pub(crate) mod driver;
 mod machine;
+pub(crate) mod pull;
 mod rule;
 pub mod trace;
 mod worker_lane;

@@ -21,6 +21,8 @@ pub enum Stage {
     Open,
     /// The bucket's own segments go into the ring, from enqueued to done.
     Load,
+    /// In a P2P update: the bucket's segments come from their owners' memory, from asked for to done.
+    Pull,
     /// The bucket's group of broadcasts, from enqueued to done.
     Exchange,
     /// The bucket is with the worker.
