@@ -7,7 +7,7 @@ use std::{
 
 use ckpt_core::{
     Error, ErrorKind, Result,
-    device::{Buffer, MemoryKind},
+    device::{Buffer, BufferSlice, MemoryKind},
     transport::{Registration, RemoteRegion},
 };
 use serde::{Deserialize, Serialize};
@@ -110,8 +110,8 @@ pub(crate) struct Regions(Mutex<RegionsState>);
 struct RegionsState {
     /// One counter, so it also rises when the same memory is registered again.
     last: u64,
-    /// Address and length by generation.
-    live: HashMap<u64, (u64, u64)>,
+    /// By generation.
+    live: HashMap<u64, Arc<dyn Buffer>>,
 }
 
 impl Regions {
@@ -120,16 +120,22 @@ impl Regions {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn add(&self, address: u64, len_bytes: u64) -> u64 {
+    pub(crate) fn add(&self, buffer: Arc<dyn Buffer>) -> u64 {
         let mut state = self.lock();
         state.last += 1;
         let generation = state.last;
-        state.live.insert(generation, (address, len_bytes));
+        state.live.insert(generation, buffer);
         generation
     }
 
     fn remove(&self, generation: u64) {
-        self.lock().live.remove(&generation);
+        let buffer = self.lock().live.remove(&generation);
+        drop(buffer);
+    }
+
+    /// The memory of a region that lives.
+    pub(crate) fn buffer(&self, generation: u64) -> Option<Arc<dyn Buffer>> {
+        self.lock().live.get(&generation).cloned()
     }
 
     /// Whether all of `claims` hold.
@@ -149,13 +155,13 @@ impl Regions {
                     );
                     return error(ErrorKind::Aborted, what);
                 }
-                Some((address, _)) if *address != claim.address => {
+                Some(buffer) if buffer.address() != claim.address => {
                     let what =
                         format!("region {generation} of the owner is other memory; get its metas again");
                     return error(ErrorKind::ConfigInvalid, what);
                 }
-                Some((_, len)) if claim.end > *len => {
-                    let what = format!("byte {} is outside the region's {len}", claim.end);
+                Some(buffer) if claim.end > buffer.len_bytes() => {
+                    let what = format!("byte {} is outside the region's {}", claim.end, buffer.len_bytes());
                     return error(ErrorKind::ConfigInvalid, what);
                 }
                 Some(_) => {}
@@ -165,13 +171,25 @@ impl Regions {
     }
 }
 
+/// Copies a part of this process's own region; both stay alive. Blocks.
+pub(crate) fn copy(from: &BufferSlice, into: &BufferSlice) -> Result<()> {
+    let (source, target) = (from.host_ptr()?, into.host_ptr()?);
+    if from.len_bytes() != into.len_bytes() {
+        return Err(Error::new(ErrorKind::Internal, "read remote memory", "source and destination differ"));
+    }
+    // SAFETY: both slices keep their memory mapped; the destination is the read's own until its event has completed,
+    // and it may overlap the source. An owner that changes registered memory gives up the region first, and then the
+    // reader is told.
+    unsafe { std::ptr::copy(source.as_ptr(), target.as_ptr(), into.len_bytes() as usize) };
+    Ok(())
+}
+
 /// Memory that peers can read until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Registered {
     pub(crate) region: RemoteRegion,
-    /// Deregistered before the memory goes.
     pub(crate) keys: Option<MrSet>,
-    pub(crate) _buffer: Arc<dyn Buffer>,
+    /// Holds the memory until this is dropped.
     pub(crate) regions: Arc<Regions>,
 }
 
@@ -183,31 +201,48 @@ impl Registration for Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        // First the answer to readers that ask, then the keys: a reader whose bytes came from a region that was being
-        // released learns of it when it asks afterwards.
+        // First the answer to readers that ask, then the keys, then the memory: a reader whose bytes came from a region
+        // that was being released learns of it when it asks afterwards.
+        let memory = self.regions.buffer(self.region.generation);
         self.regions.remove(self.region.generation);
         self.keys = None;
+        drop(memory);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use ckpt_core::device::host::HostBuffer;
+
     use super::*;
 
     #[test]
     fn unknown_stale_and_outside_are_told_apart() {
         let regions = Regions::default();
-        let generation = regions.add(4096, 100);
+        let memory = HostBuffer::allocate(100).unwrap();
+        let here = memory.address();
+        let generation = regions.add(memory.clone());
         let kind = |generation, address, end| {
             regions.check(&[Claim { generation, address, end }]).map_err(|e| e.kind())
         };
-        assert_eq!(kind(generation, 4096, 100), Ok(()));
-        assert_eq!(kind(generation, 4096, 101), Err(ErrorKind::ConfigInvalid));
-        assert_eq!(kind(generation, 4097, 1), Err(ErrorKind::ConfigInvalid));
-        assert_eq!(kind(generation + 1, 4096, 1), Err(ErrorKind::ConfigInvalid));
-        assert_eq!(kind(0, 4096, 1), Err(ErrorKind::ConfigInvalid));
+        assert_eq!(kind(generation, here, 100), Ok(()));
+        assert_eq!(kind(generation, here, 101), Err(ErrorKind::ConfigInvalid));
+        assert_eq!(kind(generation, here + 1, 1), Err(ErrorKind::ConfigInvalid));
+        assert_eq!(kind(generation + 1, here, 1), Err(ErrorKind::ConfigInvalid));
+        assert_eq!(kind(0, here, 1), Err(ErrorKind::ConfigInvalid));
         regions.remove(generation);
-        assert!(regions.add(4096, 100) > generation);
-        assert_eq!(kind(generation, 4096, 1), Err(ErrorKind::Aborted));
+        assert!(regions.buffer(generation).is_none());
+        assert!(regions.add(memory) > generation);
+        assert_eq!(kind(generation, here, 1), Err(ErrorKind::Aborted));
+    }
+
+    #[test]
+    fn a_copy_needs_equal_lengths_and_host_memory() {
+        let slice = |bytes: &[u8]| BufferSlice::whole(HostBuffer::from_bytes(bytes).unwrap());
+        let (from, into) = (slice(b"abcdef"), slice(b"......"));
+        copy(&from.slice(1..4).unwrap(), &into.slice(0..3).unwrap()).unwrap();
+        // SAFETY: nobody writes it now.
+        assert_eq!(unsafe { into.as_slice() }.unwrap(), b"bcd...");
+        assert!(copy(&from, &slice(b"...")).is_err());
     }
 }

@@ -11,7 +11,7 @@ use ckpt_core::{Error, ErrorKind, Key, Result, device::BufferSlice, transport::R
 use crate::{
     connection::Connection,
     lane::{Batch, FLUSHED, Failure, Lane, Piece},
-    memory::{Claim, MrSet},
+    memory::{Claim, MrSet, copy},
     node::{Node, Peer},
     wire::Descriptor,
 };
@@ -43,6 +43,9 @@ pub(crate) async fn read(
     ops: Vec<(ReadOp, Descriptor)>,
     deadline: Instant,
 ) -> Result<()> {
+    if peer.1 == node.id {
+        return own(node, ops, deadline).await.map_err(|e| e.with(Key::Peer, peer.0));
+    }
     let current = Current::default();
     let outcome = tokio::time::timeout_at(deadline.into(), attempts(node, peer, &ops, &current)).await;
     let outcome = outcome.unwrap_or_else(|_| {
@@ -67,6 +70,40 @@ pub(crate) async fn read(
         }
     }
     outcome.map_err(|e| e.with(Key::Peer, peer.0))
+}
+
+/// Reads of this process's own regions are copies: a NIC would carry the bytes twice over its link, and some setups do
+/// not route to themselves.
+async fn own(node: &Arc<Node>, ops: Vec<(ReadOp, Descriptor)>, deadline: Instant) -> Result<()> {
+    let late = || Error::new(ErrorKind::Timeout, OPERATION, "the bytes were not copied by the deadline");
+    let claims = claims(&ops);
+    node.regions.check(&claims)?;
+    let regions = node.regions.clone();
+    let copied = tokio::task::spawn_blocking(move || {
+        for (op, _) in &ops {
+            let Some(buffer) = regions.buffer(op.region.generation) else { break };
+            let end = op.offset + op.into.len_bytes();
+            let from = BufferSlice::new(buffer, op.offset..end)?;
+            let mut start = 0;
+            // In pieces, so that a deadline is kept.
+            while start < from.len_bytes() {
+                if Instant::now() >= deadline {
+                    return Err(late());
+                }
+                let end = from.len_bytes().min(start + 64 * PIECE_BYTES);
+                copy(&from.slice(start..end)?, &op.into.slice(start..end)?)?;
+                start = end;
+            }
+        }
+        Ok(())
+    });
+    copied
+        .await
+        .unwrap_or_else(|e| Err(Error::new(ErrorKind::Internal, OPERATION, "the task ended").caused_by(e)))?;
+    if Instant::now() >= deadline {
+        return Err(late());
+    }
+    node.regions.check(&claims)
 }
 
 async fn attempts(

@@ -84,11 +84,11 @@ impl OneSided for RdmaTransport {
             peer: node.listens.to_string(),
             address: buffer.address(),
             len_bytes: buffer.len_bytes(),
-            generation: node.regions.add(buffer.address(), buffer.len_bytes()),
+            generation: node.regions.add(buffer),
             descriptor: Bytes::from(encode(&descriptor)?),
         };
         let regions = node.regions.clone();
-        Ok(Arc::new(Registered { region, keys: Some(keys), _buffer: buffer, regions }))
+        Ok(Arc::new(Registered { region, keys: Some(keys), regions }))
     }
 
     fn post_read(&self, batch: Vec<ReadOp>, deadline: Instant) -> Result<Event> {
