@@ -25,7 +25,7 @@ use crate::{
     types::{Rank, Version},
     update::{
         EngineCall, Outcome,
-        driver::{Attempt, Ended, Group, drive},
+        driver::{Attempt, Ended, Group, drive, no_broadcasts},
         trace::Trace,
     },
 };
@@ -219,16 +219,18 @@ impl ParameterServer {
             )
             .with(Key::Rank, self.rank));
         }
+        if request.ranks.len() > 1 && self.transport.collective().is_none() {
+            return Err(no_broadcasts(&*self.transport));
+        }
         let trace = Trace::default();
         let updates = self.session.updates();
+        // Only the group of all ranks is kept: the members of another could not know which of them still have it.
+        let whole = request.ranks.len() == self.world_size as usize;
         // A communicator that broke since the last update is no use to anyone.
-        self.group = self
-            .group
-            .take()
-            .filter(|g| g.members == request.ranks && g.communicator.abort.poisoned().is_none());
+        let kept = self.group.take_if(|_| whole).filter(|g| g.communicator.abort.poisoned().is_none());
         let leader = request.ranks.first() == Some(&self.rank);
-        let token = match (leader && request.ranks.len() > 1, &self.group, self.transport.collective()) {
-            (true, None, Some(collective)) => Some(collective.create_token().await?),
+        let token = match &kept {
+            None if leader => Some(new_token(&*self.transport, request.ranks.len()).await?),
             _ => None,
         };
         self.session.send(&ToHub::Join(Joining {
@@ -238,7 +240,7 @@ impl ParameterServer {
             device_uuid: self.device.info().uuid.clone(),
             endpoint: request.sink.as_ref().map(|s| s.endpoint().to_owned()),
             free_bytes: self.device.free_memory_bytes()?,
-            communicator: self.group.as_ref().map(|g| g.epoch),
+            communicator: kept.as_ref().map(|g| g.epoch),
             token,
         }))?;
         let attempt = Attempt {
@@ -253,13 +255,16 @@ impl ParameterServer {
             pull,
             sink: request.sink,
             engine: request.engine,
-            group: self.group.take(),
+            group: kept,
+            quarantine: std::mem::take(&mut self.quarantine),
             trace: trace.clone(),
         };
-        let Ended { outcome, epoch, plan, group, quarantined } =
+        let Ended { outcome, epoch, plan, group, quarantine } =
             drive(attempt, self.session.clone(), updates).await;
-        self.group = group;
-        self.quarantine.extend(quarantined);
+        if whole {
+            self.group = group;
+        }
+        self.quarantine = quarantine;
         match outcome {
             Outcome::Committed { failure: None } => Ok(UpdateReport::new(
                 request.version,
@@ -285,4 +290,12 @@ impl ParameterServer {
             .caused_by(cause)),
         }
     }
+}
+
+/// What the hub tells all members so that they find the leader. One member alone needs nobody.
+async fn new_token(transport: &dyn Transport, members: usize) -> Result<Bytes> {
+    if members == 1 {
+        return Ok(Bytes::new());
+    }
+    transport.collective().ok_or_else(|| no_broadcasts(transport))?.create_token().await
 }

@@ -190,24 +190,24 @@ async fn stages_of_different_buckets_overlap() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_part_of_the_ranks_updates_alone_and_all_together_again() {
-    for kind in KINDS {
-        let mut cluster = Setup::new(kind, None, 3).start().await;
-        let source = varied(3);
-        // What rank 1 holds could not be broadcast without it.
-        let half = source.tensors().len() / 2;
-        let shares = vec![0..half, half..half, half..source.tensors().len()];
-        cluster.register_shares("model", &source, shares).await;
-        cluster.update_well("model", 1, &source).await;
-        let expected = Expected::of(&source);
+/// Some of the ranks, whichever they are, and all together again.
+async fn parts(kind: Kind) {
+    let mut cluster = Setup::new(kind, None, 3).start().await;
+    let source = varied(3);
+    cluster.register("model", &source).await;
+    let expected = Expected::of(&source);
+    let mut version = 0;
+    for part in [vec![2, 0], vec![1, 2], vec![0, 1], vec![1]] {
+        version += 1;
+        cluster.update_well("model", version, &source).await;
+        version += 1;
         let workers = cluster.workers(&expected);
-        let calls = cluster.ranks.iter_mut().zip(&workers).filter(|(_, w)| w.rank != 1).map(|(rank, worker)| {
+        let members = cluster.ranks.iter_mut().zip(&workers).filter(|(_, w)| part.contains(&w.rank));
+        let calls = members.map(|(rank, worker)| {
             rank.server.update(UpdateRequest {
                 checkpoint: "model".into(),
-                version: Version(2),
-                // In any order.
-                ranks: vec![2, 0],
+                version: Version(version),
+                ranks: part.clone(),
                 sink: Some(Box::new(worker.sink())),
                 engine: None,
             })
@@ -215,9 +215,13 @@ async fn a_part_of_the_ranks_updates_alone_and_all_together_again() {
         for report in futures_util::future::join_all(calls).await {
             report.unwrap();
         }
-        workers[0].assert_complete();
-        workers[2].assert_complete();
-        cluster.update_well("model", 3, &source).await;
+        workers.iter().filter(|w| part.contains(&w.rank)).for_each(|w| w.assert_complete());
         assert_eq!(rings(&cluster), [0; 3]);
     }
+    cluster.update_well("model", version + 1, &source).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn parts_of_the_ranks_update_between_updates_of_all() {
+    side_by_side(KINDS.map(parts)).await;
 }

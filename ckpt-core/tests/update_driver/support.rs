@@ -605,7 +605,7 @@ impl WeightSink for TestSink {
 
 /// Runs checks side by side, so that a matrix takes no longer than it must.
 pub async fn side_by_side(checks: impl IntoIterator<Item = impl Future<Output = ()> + Send + 'static>) {
-    let mut running: JoinSet<()> = checks.into_iter().collect();
+    let mut running: JoinSet<()> = checks.into_iter().map(Box::pin).collect();
     while let Some(ended) = running.join_next().await {
         if let Err(error) = ended {
             std::panic::resume_unwind(error.into_panic());
