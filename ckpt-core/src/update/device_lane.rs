@@ -19,6 +19,7 @@ use super::{
     trace::{Stage, Trace},
 };
 use crate::{
+    deadlines::Deadlines,
     device::{Buffer, BufferSlice, DeviceBackend, Event as DeviceEvent, Ring, Stream},
     error::{Error, ErrorKind, Key, Result},
     plan::UpdatePlan,
@@ -61,7 +62,7 @@ pub(super) struct DeviceWork {
     pub(super) puller: Option<Arc<Puller>>,
     /// `None` for a group of one.
     pub(super) communicator: Option<Communicator>,
-    pub(super) bucket_deadline: Duration,
+    pub(super) deadlines: Deadlines,
 }
 
 /// The driver's end.
@@ -111,7 +112,7 @@ impl DeviceLane {
                 puller,
                 h2d: h2d.clone(),
                 // As many are under way, and share the links.
-                limit: work.bucket_deadline * PULLS_AT_ONCE as u32,
+                limit: work.deadlines.bucket * PULLS_AT_ONCE as u32,
                 trace: trace.clone(),
                 inbox,
                 pulling: pulling.clone(),
@@ -125,7 +126,7 @@ impl DeviceLane {
             net,
             queue,
             stop: stop.clone(),
-            bucket_deadline: work.bucket_deadline,
+            limit: work.deadlines.total,
             trace: trace.clone(),
             events: events.clone(),
             inbox: exchange_inbox,
@@ -279,7 +280,9 @@ struct ExchangeTask {
     net: Arc<dyn Stream>,
     queue: Option<Box<dyn CommunicatorQueue>>,
     stop: CancellationToken,
-    bucket_deadline: Duration,
+    /// The machine keeps the buckets' deadlines, and knows whom an exchange waits for: another rank's slow worker may
+    /// hold several exchanges of this rank. Past this the whole update is overdue.
+    limit: Duration,
     trace: Trace,
     events: mpsc::UnboundedSender<Event>,
     inbox: mpsc::UnboundedReceiver<Exchange>,
@@ -314,7 +317,7 @@ impl ExchangeTask {
             }
         };
         let start = self.trace.now();
-        let deadline = Instant::now() + self.bucket_deadline;
+        let deadline = Instant::now() + self.limit;
         let exchanged = match &mut self.queue {
             None => None,
             Some(queue) => {
@@ -356,7 +359,9 @@ impl WatchTask {
             let bucket = in_flight.bucket;
             let event = match self.complete(in_flight).await {
                 Ok(()) => Event::Exchanged { bucket },
-                Err(cause) => Event::Failed { cause: of_members(cause, &self.plan).with(Key::Bucket, bucket) },
+                Err(cause) => {
+                    Event::Failed { cause: of_members(cause, &self.plan).with(Key::Bucket, bucket) }
+                }
             };
             let failed = matches!(event, Event::Failed { .. });
             let _ = self.events.send(event);

@@ -352,7 +352,7 @@ impl Driver {
             arenas: self.attempt.arenas.clone(),
             puller: puller.map(Arc::new),
             communicator: group.map(|g| g.communicator),
-            bucket_deadline: self.attempt.deadlines.bucket,
+            deadlines: self.attempt.deadlines,
         };
         let lane =
             DeviceLane::spawn(&*self.attempt.device, work, self.attempt.trace.clone(), self.events.clone())?;
@@ -528,7 +528,8 @@ async fn connect(
 
 /// A transport that cannot serve a group.
 pub(crate) fn no_broadcasts(transport: &dyn Transport) -> Error {
-    let message = format!("transport `{}` has no broadcasts; choose another with --transport", transport.name());
+    let message =
+        format!("transport `{}` has no broadcasts; choose another with --transport", transport.name());
     Error::new(ErrorKind::Unsupported, "join a group", message)
 }
 

@@ -10,7 +10,7 @@ use ckpt_core::{
     Error, ErrorKind, Key, Result, Version,
     engine::{Engine, EngineRequest},
     server::{UpdateReport, UpdateRequest},
-    update::EngineCall,
+    update::{EngineCall, trace::Stage},
 };
 
 use crate::support::{At, Cluster, Expected, Fault, Kind, LONG, Setup, Worker, side_by_side, varied};
@@ -80,7 +80,8 @@ async fn a_worker_that_raises_fails_the_update_everywhere() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_raises_on_the_adversarial_device() {
     let stages = [At::Open, At::Bucket(3), At::Bucket(11), At::Finish];
-    let each = (0..).zip(stages).flat_map(|(seed, at)| KINDS.map(|kind| a_worker_raises(kind, Some(seed), at)));
+    let each =
+        (0..).zip(stages).flat_map(|(seed, at)| KINDS.map(|kind| a_worker_raises(kind, Some(seed), at)));
     side_by_side(each).await;
 }
 
@@ -138,9 +139,12 @@ async fn who_does_not_call_is_named() {
     let mut setup = Setup::new(Kind::Tcp, None, RANKS);
     setup.deadlines.join = Duration::from_millis(800);
     let (mut cluster, workers, source) = prepared(setup).await;
-    let calls = cluster.ranks.iter_mut().zip(&workers).filter(|(_, w)| w.rank != 2).map(|(rank, worker)| {
-        rank.server.update(request(1, worker))
-    });
+    let calls = cluster
+        .ranks
+        .iter_mut()
+        .zip(&workers)
+        .filter(|(_, w)| w.rank != 2)
+        .map(|(rank, worker)| rank.server.update(request(1, worker)));
     for error in errors(futures_util::future::join_all(calls).await) {
         assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
         assert!(error.to_string().contains("rank 2") || error.get(Key::Rank) == Some("2"), "{error}");
@@ -152,9 +156,10 @@ async fn who_does_not_call_is_named() {
 async fn ranks_that_disagree_are_told_both_wishes_at_once() {
     let (mut cluster, workers, source) = prepared(Setup::new(Kind::Local, None, RANKS)).await;
     let started = Instant::now();
-    let calls = cluster.ranks.iter_mut().zip(&workers).map(|(rank, worker)| {
-        rank.server.update(request(if worker.rank == VICTIM { 8 } else { 7 }, worker))
-    });
+    let calls =
+        cluster.ranks.iter_mut().zip(&workers).map(|(rank, worker)| {
+            rank.server.update(request(if worker.rank == VICTIM { 8 } else { 7 }, worker))
+        });
     for error in errors(futures_util::future::join_all(calls).await) {
         assert_eq!(error.kind(), ErrorKind::ConfigInvalid, "{error}");
         assert!(error.message().contains("version") && error.message().contains('8'), "{error}");
@@ -286,4 +291,23 @@ async fn calls_that_cannot_be_right_are_refused_without_the_others() {
     let error = server.update(foreign).await.unwrap_err();
     assert_eq!((error.kind(), error.get(Key::Rank)), (ErrorKind::ConfigInvalid, Some("0")));
     cluster.update_well("model", 1, &source).await;
+}
+
+/// Several exchanges of a fast rank may wait for one slow worker, each longer than one bucket may take.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_worker_within_its_limit_is_nobodys_failure() {
+    let mut setup = Setup::new(Kind::Tcp, None, RANKS);
+    let limit = Duration::from_millis(700);
+    setup.deadlines.bucket = limit;
+    // Few buckets, each with the worker for 300 ms.
+    setup.limits.target_bucket_bytes = 24 << 10;
+    setup.limits.ring_slack_bytes = 84 << 10;
+    let (mut cluster, mut workers, _) = prepared(setup).await;
+    workers[VICTIM as usize].fault = Fault::Slow(Duration::from_millis(300));
+    let sinks = workers.iter().map(|w| Some(w.sink())).collect();
+    let reports = cluster.update("model", 1, sinks, None).await.into_iter().map(|r| r.unwrap());
+    let spans: Vec<_> = reports.flat_map(|r| r.spans).filter(|s| s.stage == Stage::Exchange).collect();
+    let longest = spans.iter().map(|s| s.end - s.start).max().unwrap();
+    assert!(longest > limit, "no exchange took longer than a bucket's limit: {longest:?}");
+    workers.iter().for_each(|w| w.assert_complete());
 }

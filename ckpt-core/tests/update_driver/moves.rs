@@ -112,7 +112,8 @@ async fn without_a_worker(kind: Kind, adversary: Option<u64>, lonely: u32) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rank_without_a_worker_serves_the_others() {
-    side_by_side((0..6).map(|n| without_a_worker(KINDS[n % 2], (n > 1).then_some(n as u64), n as u32 % 3))).await;
+    side_by_side((0..6).map(|n| without_a_worker(KINDS[n % 2], (n > 1).then_some(n as u64), n as u32 % 3)))
+        .await;
 }
 
 /// Fewer tensors than ranks, nothing but empty tensors, a rank with nothing.
