@@ -163,6 +163,16 @@ impl ParameterServer {
         &self.device
     }
 
+    /// The time limits.
+    pub fn deadlines(&self) -> Deadlines {
+        self.deadlines
+    }
+
+    /// Sets the time limits of the calls that follow. The hub keeps its own for joining and silence.
+    pub fn set_deadlines(&mut self, deadlines: Deadlines) {
+        self.deadlines = deadlines;
+    }
+
     /// Holds `checkpoint` under `name`; a name that is taken is an error.
     pub fn register(&mut self, name: &str, checkpoint: RegisteredCheckpoint) -> Result<()> {
         if self.checkpoints.contains_key(name) {

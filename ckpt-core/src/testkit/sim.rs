@@ -371,7 +371,7 @@ impl SimCluster {
 
     fn schedule(&mut self, at: Duration, what: What) {
         self.sequence += 1;
-        let tie = self.random.next();
+        let tie = self.random.draw();
         self.queue.push(Reverse(Entry(at.max(self.now), tie, self.sequence, what)));
     }
 
