@@ -30,6 +30,9 @@ use crate::{
     },
 };
 
+/// Communicators that are kept, each for its own set of members.
+const GROUPS_KEPT: usize = 4;
+
 /// What a parameter server is made of.
 pub struct ServerConfig {
     /// The session with the hub.
@@ -96,7 +99,8 @@ pub struct ParameterServer {
     layouts: LayoutCache,
     /// Where the ranks of this job are, as they said it themselves.
     locations: BTreeMap<Rank, Location>,
-    group: Option<Group>,
+    /// Communicators for the next updates, the last used first.
+    groups: Vec<Group>,
     /// Rings that a worker may still have mapped after a failure.
     quarantine: Vec<Arc<dyn Ring>>,
     gathers: u64,
@@ -122,7 +126,7 @@ impl ParameterServer {
             latest: None,
             layouts: LayoutCache::default(),
             locations: BTreeMap::new(),
-            group: None,
+            groups: Vec::new(),
             quarantine: Vec::new(),
             gathers: 0,
         }
@@ -157,6 +161,16 @@ impl ParameterServer {
     /// The rank's device.
     pub fn device(&self) -> &Arc<dyn DeviceBackend> {
         &self.device
+    }
+
+    /// The time limits.
+    pub fn deadlines(&self) -> Deadlines {
+        self.deadlines
+    }
+
+    /// Sets the time limits of the calls that follow. The hub keeps its own for joining and silence.
+    pub fn set_deadlines(&mut self, deadlines: Deadlines) {
+        self.deadlines = deadlines;
     }
 
     /// Holds `checkpoint` under `name`; a name that is taken is an error.
@@ -196,6 +210,18 @@ impl ParameterServer {
         self.gather(&format!("barrier {name}"), Bytes::new()).await.map(drop)
     }
 
+    /// Keeps a communicator in place of the oldest. The one of all ranks stays: a rank that was not in the last few
+    /// updates still has it, and would count on it.
+    fn keep(&mut self, group: Group) {
+        self.groups.insert(0, group);
+        let all = self.world_size as usize;
+        if self.groups.len() > GROUPS_KEPT
+            && let Some(oldest) = self.groups.iter().rposition(|g| g.members.len() < all)
+        {
+            self.groups.remove(oldest);
+        }
+    }
+
     /// Collective over `request.ranks`: moves the checkpoint into every member's worker, or into none.
     ///
     /// `request.ranks` also says how: see [`UpdateRequest::ranks`].
@@ -224,12 +250,12 @@ impl ParameterServer {
         }
         let trace = Trace::default();
         let updates = self.session.updates();
-        // Only the group of all ranks is kept: the members of another could not know which of them still have it.
-        let whole = request.ranks.len() == self.world_size as usize;
         // A communicator that broke since the last update is no use to anyone.
-        let kept = self.group.take_if(|_| whole).filter(|g| g.communicator.abort.poisoned().is_none());
+        self.groups.retain(|g| g.communicator.abort.poisoned().is_none());
+        let kept = self.groups.iter().position(|g| g.members == request.ranks);
+        let group = kept.map(|index| self.groups.remove(index));
         let leader = request.ranks.first() == Some(&self.rank);
-        let token = match &kept {
+        let token = match &group {
             None if leader => Some(new_token(&*self.transport, request.ranks.len()).await?),
             _ => None,
         };
@@ -240,7 +266,7 @@ impl ParameterServer {
             device_uuid: self.device.info().uuid.clone(),
             endpoint: request.sink.as_ref().map(|s| s.endpoint().to_owned()),
             free_bytes: self.device.free_memory_bytes()?,
-            communicator: kept.as_ref().map(|g| g.epoch),
+            communicator: group.as_ref().map(|g| g.epoch),
             token,
         }))?;
         let attempt = Attempt {
@@ -255,14 +281,15 @@ impl ParameterServer {
             pull,
             sink: request.sink,
             engine: request.engine,
-            group: kept,
+            group,
             quarantine: std::mem::take(&mut self.quarantine),
             trace: trace.clone(),
         };
         let Ended { outcome, epoch, plan, group, quarantine } =
             drive(attempt, self.session.clone(), updates).await;
-        if whole {
-            self.group = group;
+        if let Some(group) = group {
+            // An update of all ranks and one of some alternate without building anything anew.
+            self.keep(group);
         }
         self.quarantine = quarantine;
         match outcome {

@@ -19,7 +19,6 @@ use super::{
     trace::{Stage, Trace},
 };
 use crate::{
-    deadlines::Deadlines,
     device::{Buffer, BufferSlice, DeviceBackend, Event as DeviceEvent, Ring, Stream},
     error::{Error, ErrorKind, Key, Result},
     plan::UpdatePlan,
@@ -62,7 +61,10 @@ pub(super) struct DeviceWork {
     pub(super) puller: Option<Arc<Puller>>,
     /// `None` for a group of one.
     pub(super) communicator: Option<Communicator>,
-    pub(super) deadlines: Deadlines,
+    pub(super) bucket_deadline: Duration,
+    /// For the watch over broadcasts: other ranks' workers may hold a bucket up before it moves. The machine keeps the
+    /// clock of each bucket and names who is late.
+    pub(super) exchange_deadline: Duration,
 }
 
 /// The driver's end.
@@ -112,7 +114,7 @@ impl DeviceLane {
                 puller,
                 h2d: h2d.clone(),
                 // As many are under way, and share the links.
-                limit: work.deadlines.bucket * PULLS_AT_ONCE as u32,
+                limit: work.bucket_deadline * PULLS_AT_ONCE as u32,
                 trace: trace.clone(),
                 inbox,
                 pulling: pulling.clone(),
@@ -126,7 +128,7 @@ impl DeviceLane {
             net,
             queue,
             stop: stop.clone(),
-            limit: work.deadlines.total,
+            deadline: work.exchange_deadline,
             trace: trace.clone(),
             events: events.clone(),
             inbox: exchange_inbox,
@@ -280,9 +282,7 @@ struct ExchangeTask {
     net: Arc<dyn Stream>,
     queue: Option<Box<dyn CommunicatorQueue>>,
     stop: CancellationToken,
-    /// The machine keeps the buckets' deadlines, and knows whom an exchange waits for: another rank's slow worker may
-    /// hold several exchanges of this rank. Past this the whole update is overdue.
-    limit: Duration,
+    deadline: Duration,
     trace: Trace,
     events: mpsc::UnboundedSender<Event>,
     inbox: mpsc::UnboundedReceiver<Exchange>,
@@ -317,7 +317,7 @@ impl ExchangeTask {
             }
         };
         let start = self.trace.now();
-        let deadline = Instant::now() + self.limit;
+        let deadline = Instant::now() + self.deadline;
         let exchanged = match &mut self.queue {
             None => None,
             Some(queue) => {

@@ -352,7 +352,8 @@ impl Driver {
             arenas: self.attempt.arenas.clone(),
             puller: puller.map(Arc::new),
             communicator: group.map(|g| g.communicator),
-            deadlines: self.attempt.deadlines,
+            bucket_deadline: self.attempt.deadlines.bucket,
+            exchange_deadline: self.attempt.deadlines.total,
         };
         let lane =
             DeviceLane::spawn(&*self.attempt.device, work, self.attempt.trace.clone(), self.events.clone())?;
