@@ -191,35 +191,43 @@ async fn stages_of_different_buckets_overlap() {
     }
 }
 
+/// One update of some ranks.
+async fn update_part(cluster: &mut Cluster, part: &[u32], version: u64, source: &CheckpointSource) {
+    let workers = cluster.workers(&Expected::of(source));
+    let members = cluster.ranks.iter_mut().zip(&workers).filter(|(_, w)| part.contains(&w.rank));
+    let calls = members.map(|(rank, worker)| {
+        rank.server.update(UpdateRequest {
+            checkpoint: "model".into(),
+            version: Version(version),
+            ranks: part.to_vec(),
+            sink: Some(Box::new(worker.sink())),
+            engine: None,
+        })
+    });
+    for report in futures_util::future::join_all(calls).await {
+        report.unwrap();
+    }
+    workers.iter().filter(|w| part.contains(&w.rank)).for_each(|w| w.assert_complete());
+    assert_eq!(rings(cluster), vec![0; workers.len()]);
+}
+
 /// Some of the ranks, whichever they are, and all together again.
 async fn parts(kind: Kind) {
-    let mut cluster = Setup::new(kind, None, 3).start().await;
+    let mut cluster = Setup::new(kind, None, 4).start().await;
     let source = varied(3);
     cluster.register("model", &source).await;
-    let expected = Expected::of(&source);
     let mut version = 0;
-    for part in [vec![2, 0], vec![1, 2], vec![0, 1], vec![1]] {
-        version += 1;
+    for part in [&[2, 0][..], &[1, 2], &[0, 1], &[1]] {
+        version += 2;
         cluster.update_well("model", version, &source).await;
-        version += 1;
-        let workers = cluster.workers(&expected);
-        let members = cluster.ranks.iter_mut().zip(&workers).filter(|(_, w)| part.contains(&w.rank));
-        let calls = members.map(|(rank, worker)| {
-            rank.server.update(UpdateRequest {
-                checkpoint: "model".into(),
-                version: Version(version),
-                ranks: part.clone(),
-                sink: Some(Box::new(worker.sink())),
-                engine: None,
-            })
-        });
-        for report in futures_util::future::join_all(calls).await {
-            report.unwrap();
-        }
-        workers.iter().filter(|w| part.contains(&w.rank)).for_each(|w| w.assert_complete());
-        assert_eq!(rings(&cluster), [0; 3]);
+        update_part(&mut cluster, part, version + 1, &source).await;
     }
-    cluster.update_well("model", version + 1, &source).await;
+    // Rank 1 is in many, rank 0 in none: both must still agree on the group of all.
+    for part in [&[1, 2][..], &[1, 3], &[1, 2, 3], &[1, 2]] {
+        version += 2;
+        update_part(&mut cluster, part, version, &source).await;
+    }
+    cluster.update_well("model", version + 2, &source).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
