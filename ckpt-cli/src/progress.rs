@@ -11,7 +11,7 @@ pub(crate) struct LoadBar(ProgressBar);
 
 impl LoadBar {
     /// A bar of `total_bytes` on stderr; `None` if nobody would see it.
-    pub(crate) fn new(label: &str, total_bytes: u64) -> Option<Arc<dyn Progress>> {
+    pub(crate) fn start(label: &str, total_bytes: u64) -> Option<Arc<dyn Progress>> {
         if !std::io::stderr().is_terminal() {
             return None;
         }

@@ -283,6 +283,31 @@ fn files_in_shared_memory_are_used_in_place_and_not_deleted() {
 }
 
 #[test]
+fn ranks_that_pin_one_file_do_not_disturb_each_other() {
+    let dir = shared_memory();
+    let path = write(&dir.path().join("m.safetensors"), &varied("a"), 1);
+    let sources = [CheckpointSource::open(&path).unwrap(), CheckpointSource::open(&path).unwrap()];
+    let parts = sources[0].split(2).unwrap();
+    let mut registered = Vec::new();
+    for (source, part) in sources.iter().zip(parts) {
+        let pool = Pool::new(CountingDevice::new());
+        registered.push(load(source, part, &pool, &LoadOptions::new("c")).unwrap());
+        // A device that pins writes to the pages as far as the system can tell; do it for real, without a change.
+        let slice =
+            registered.last().unwrap().slice(0, 0..registered.last().unwrap().arenas[0].len_bytes()).unwrap();
+        // SAFETY: nothing reads the arena meanwhile.
+        let bytes = unsafe { slice.as_mut_slice() }.unwrap();
+        for at in (0..bytes.len()).step_by(4096) {
+            // SAFETY: `at` is inside the slice.
+            unsafe { std::ptr::write_volatile(&mut bytes[at], std::ptr::read_volatile(&bytes[at])) };
+        }
+    }
+    registered.iter().for_each(|r| check(r, &sources[0]));
+    let tensors: usize = registered.iter().map(|r| r.share.tensors().count()).sum();
+    assert_eq!(tensors, sources[0].tensors().len());
+}
+
+#[test]
 fn a_file_whose_tensors_are_not_aligned_is_copied() {
     let dir = shared_memory();
     let header = r#"{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},"b":{"dtype":"F32","shape":[1],"data_offsets":[3,7]}}"#;

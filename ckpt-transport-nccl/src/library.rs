@@ -206,6 +206,26 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs NCCL, no GPU: pip install nvidia-nccl-cu12; cargo test -p ckpt-transport-nccl --lib the_real_nccl -- --ignored"]
+    fn the_real_nccl_understands_the_table() {
+        let nccl = Nccl::load(&NcclConfig::from_env().unwrap()).unwrap();
+        assert!(nccl.version >= MINIMUM_VERSION, "{nccl:?}");
+        let mut id = UniqueId([0; 128]);
+        // SAFETY: writes 128 bytes.
+        nccl.check("make an NCCL unique id", 0, unsafe { (nccl.functions.unique_id)(&mut id) }).unwrap();
+        assert_ne!(id.0, [0; 128]);
+        if crate::device::Driver::load().is_ok() {
+            return;
+        }
+        // Without a driver the call goes all the way through the config and the id, and fails at CUDA.
+        let (mut communicator, mut config) = (0, RawConfig::non_blocking(Some(4)));
+        // SAFETY: writes one handle; the config is read during the call.
+        let code = unsafe { (nccl.functions.init)(&mut communicator, 1, id, 0, &mut config) };
+        let error = nccl.check("join an NCCL group", communicator, code).unwrap_err();
+        assert!(error.to_string().contains("ncclUnhandledCudaError"), "{error}");
+    }
+
+    #[test]
     fn versions_are_written_as_people_do() {
         assert_eq!(version_text(23203), "2.32.3");
         assert_eq!(version_text(21805), "2.18.5");

@@ -43,8 +43,16 @@ struct Gpus {
     count: u32,
 }
 
+/// Which check runs, in case one never ends.
+fn log() {
+    let filter = "info,ckpt_core::testkit=debug,ckpt_transport_nccl=debug";
+    // Another test of this process may have done it.
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+}
+
 impl Gpus {
     fn new() -> Self {
+        log();
         let driver = DriverCell::of(Driver::load().unwrap());
         let count = driver.driver().unwrap().device_count().unwrap();
         Self { cuda: CudaProvider::new(driver.clone()), nccl: NcclProvider::new(driver), count }

@@ -1,9 +1,14 @@
-//! Helpers of the integration tests: processes with deadlines that die with their test, and a tiny HTTP client.
+//! Helpers of the integration tests: processes with deadlines that die with their test, whole jobs of them, engines
+//! that misbehave, and a tiny HTTP client.
 
+mod engine;
 mod http;
+mod job;
 mod process;
 
+pub use engine::{FakeEngine, Script};
 pub use http::{Reply, http_get};
+pub use job::{Job, Ranks, assert_dump, digests, names};
 pub use process::{Finished, LONG, Process, Program};
 
 /// The program under test with these arguments: `ckpt!("doctor", "--json")`. Only usable in `tests/`, where cargo

@@ -128,7 +128,7 @@ async fn update(args: &UpdateArgs, context: &Context, rank: &mut Rank) -> anyhow
             let range = source.split(world_size)?.swap_remove(number as usize);
             let bytes = source.tensors()[range.clone()].iter().map(|t| t.meta.len_bytes()).sum();
             let mut options = LoadOptions::new(name);
-            options.progress = LoadBar::new(&format!("rank {number}: load"), bytes);
+            options.progress = LoadBar::start(&format!("rank {number}: load"), bytes);
             load(&source, range, &Pool::new(device), &options)
         })
         .await??

@@ -13,7 +13,7 @@ use std::{
 use super::{
     digest::{DigestAlgorithm, Running},
     load::{LoadOptions, Progress},
-    memory::file_error,
+    memory::{file_error, touch},
     place::Placement,
     pool::Lease,
     source::{CheckpointSource, Origin, SourceTensor, shrank},
@@ -158,7 +158,8 @@ impl Filler<'_> {
                 let digest = self.digests.map_or(0, |d| d.digest(&[]));
                 slot.digest.store(digest, Ordering::Relaxed);
             }
-            if self.is_mapped(slot) && self.digests.is_none() {
+            // A file in place that is new here is still touched, so that pinning finds its pages.
+            if self.is_mapped(slot) && self.digests.is_none() && self.placement.arenas[slot.arena].pinned {
                 if let Some(progress) = self.progress {
                     progress.advance(len);
                 }
@@ -264,8 +265,11 @@ impl Filler<'_> {
     fn read(&self, batch: &[Piece]) -> Result<()> {
         let mut slices = Vec::with_capacity(batch.len());
         for part in batch {
-            if !self.is_mapped(&self.slots[part.slot]) {
+            let slot = &self.slots[part.slot];
+            if !self.is_mapped(slot) {
                 slices.push((part, self.memory(part)?));
+            } else if !self.placement.arenas[slot.arena].pinned {
+                touch(&self.memory(part)?);
             }
         }
         let Some((first, slice)) = slices.first() else { return Ok(()) };

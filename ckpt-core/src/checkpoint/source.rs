@@ -84,18 +84,19 @@ pub(super) struct FileIdentity {
     pub device: u64,
     pub inode: u64,
     pub len_bytes: u64,
-    modified: (i64, i64),
+    /// `None` on tmpfs: there another rank that pins the file in place changes it.
+    modified: Option<(i64, i64)>,
 }
+
+/// From `linux/magic.h`.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
 
 impl FileIdentity {
     fn of(file: &File) -> std::io::Result<Self> {
         let m = file.metadata()?;
-        Ok(Self {
-            device: m.dev(),
-            inode: m.ino(),
-            len_bytes: m.len(),
-            modified: (m.mtime(), m.mtime_nsec()),
-        })
+        let tmpfs = rustix::fs::fstatfs(file)?.f_type as u64 == TMPFS_MAGIC;
+        let modified = (!tmpfs).then(|| (m.mtime(), m.mtime_nsec()));
+        Ok(Self { device: m.dev(), inode: m.ino(), len_bytes: m.len(), modified })
     }
 }
 

@@ -246,7 +246,8 @@ impl State {
             if !self.hub_dead && !self.to_hub[me].is_empty() {
                 steps.push(Step::ToHub(rank));
             }
-            if self.hub_notices[me] && self.to_hub[me].is_empty() && !self.hub_dead {
+            // A connection that breaks may take what was on its way with it.
+            if self.hub_notices[me] && !self.hub_dead {
                 steps.push(Step::HubNotices(rank));
             }
             let r = &self.model.ranks[me];
@@ -255,7 +256,8 @@ impl State {
             }
             if !self.to_rank[me].is_empty() {
                 steps.push(Step::ToRank(rank));
-            } else if self.hub_lost[me] {
+            }
+            if self.hub_lost[me] {
                 steps.push(Step::HubLost(rank));
             }
             // Pullers read at any moment; elsewhere landing and completing are one step for all that anybody can see.
@@ -320,6 +322,7 @@ impl State {
             }
             Step::HubNotices(rank) => {
                 self.hub_notices[rank as usize] = false;
+                self.to_hub[rank as usize].clear();
                 self.hub.disconnected(rank, wire::session_error("connection reset"), NOW);
                 self.drain_hub()
             }
@@ -337,6 +340,7 @@ impl State {
             }
             Step::HubLost(rank) => {
                 self.hub_lost[rank as usize] = false;
+                self.to_rank[rank as usize].clear();
                 self.feed(rank, Event::HubLost { cause: wire::session_error("the hub's connection ended") })
             }
             Step::Prepared(rank) => {

@@ -123,6 +123,13 @@ impl fmt::Display for HcaFilter {
         if self.exact {
             f.write_str("=")?;
         }
+        // An empty token keeps a first name that looks like a prefix from being read as one.
+        if let Some(first) = self.tokens.first()
+            && !self.exact
+            && (first.name.starts_with('=') || !self.exclude && first.name.starts_with('^'))
+        {
+            f.write_str(",")?;
+        }
         for (i, token) in self.tokens.iter().enumerate() {
             if i > 0 {
                 f.write_str(",")?;
@@ -201,6 +208,14 @@ mod tests {
         ] {
             let error = value.parse::<HcaFilter>().unwrap_err().to_string();
             assert!(error.contains(part), "{value:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_looks_like_a_prefix_stays_a_name() {
+        for value in [",^x", ",=x", "^,=x", "=^x", "^=^x", "^^x", ",^", "=="] {
+            let filter: HcaFilter = value.parse().unwrap();
+            assert_eq!(filter.to_string().parse::<HcaFilter>().unwrap(), filter, "{value:?}");
         }
     }
 

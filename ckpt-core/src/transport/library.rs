@@ -171,7 +171,7 @@ mod tests {
         let bare = [PathBuf::from("libckpt-test.so.2"), PathBuf::from("libckpt-test.so")];
         let all: Vec<_> = std::iter::once(file.clone()).chain(bare).collect();
         assert_eq!(search(None, vec![folder.path().into()]).candidates(), all);
-        assert_eq!(search(Some(file.clone()), vec![]).candidates(), [file.clone()]);
+        assert_eq!(search(Some(file.clone()), vec![]).candidates(), std::slice::from_ref(&file));
         assert_eq!(search(Some(folder.path().into()), vec![]).candidates().len(), 2);
         let opened = search(None, vec![folder.path().into()]).open(|_| Ok(())).unwrap();
         assert_eq!(opened.path, file);

@@ -90,7 +90,10 @@ impl HostRing {
                     ring.freed(0..len_bytes);
                     return Ok(ring);
                 }
-                Err(error) => refusals.push(format!("{}: {error}", folder.display())),
+                Err(error) => {
+                    tracing::warn!(folder = %folder.display(), %error, "a folder has no room for a ring");
+                    refusals.push(format!("{}: {error}", folder.display()));
+                }
             }
         }
         Err(Error::new(

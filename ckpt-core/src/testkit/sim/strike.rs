@@ -24,7 +24,9 @@ impl SimCluster {
                 let process = &mut self.processes[me];
                 (process.dead, process.session, process.machine) = (true, false, None);
                 if fin {
-                    let at = self.processes[me].last_to_hub.max(self.now) + self.jitter(message);
+                    // A system takes its time to clear a large process away.
+                    let clearing = Duration::from_micros(self.random.below(100_000));
+                    let at = self.processes[me].last_to_hub.max(self.now) + message + clearing;
                     self.schedule(at, What::HubSees(rank));
                 }
                 // Over some transports nobody notices a dead peer.

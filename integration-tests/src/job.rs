@@ -1,0 +1,217 @@
+//! A whole job on this machine: a generated checkpoint, reference engines, and parameter servers as processes.
+
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use ckpt_core::checkpoint::{CheckpointSource, DigestAlgorithm, generate, save_checkpoint};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::net::TcpSocket;
+
+use crate::{Finished, LONG, Process, Program, http_get};
+
+/// A checkpoint and the folders of a job. The program is given by the test, since cargo tells only tests its path.
+#[derive(Debug)]
+pub struct Job {
+    folder: TempDir,
+    program: &'static str,
+    world_size: u32,
+    source: CheckpointSource,
+}
+
+impl Job {
+    /// A job of `world_size` ranks with a generated checkpoint of about `mib` MiB.
+    pub fn new(program: &'static str, world_size: u32, mib: u64) -> Self {
+        let folder = tempfile::Builder::new().prefix("ck").tempdir().expect("a folder for the test");
+        let generated = CheckpointSource::generated(generate::qwen_shaped(mib << 20), 7);
+        let path = folder.path().join("checkpoint");
+        save_checkpoint(&generated, &path, 8 << 20).expect("the generated checkpoint is written");
+        let source = CheckpointSource::open(&path).expect("the written checkpoint opens");
+        Self { folder, program, world_size, source }
+    }
+
+    /// The checkpoint's files.
+    pub fn checkpoint(&self) -> PathBuf {
+        self.path("checkpoint")
+    }
+
+    /// The checkpoint.
+    pub fn source(&self) -> &CheckpointSource {
+        &self.source
+    }
+
+    /// A path in the job's folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The runtime folder of all processes.
+    pub fn runtime_dir(&self) -> PathBuf {
+        self.path("run")
+    }
+
+    /// The address of a rank's engine, for [`http_get`].
+    pub fn engine(&self, rank: u32) -> String {
+        format!("unix:{}", self.socket(rank).display())
+    }
+
+    /// The UNIX socket of a rank's engine.
+    pub fn socket(&self, rank: u32) -> PathBuf {
+        self.path(&format!("worker-{rank}.sock"))
+    }
+
+    /// Starts the reference engine of one rank and waits until it listens.
+    pub async fn worker(&self, rank: u32, options: &[&str]) -> Process {
+        let program = Program::new(self.program)
+            .arg("worker")
+            .arg("--uds")
+            .arg(self.socket(rank))
+            .args(["--rank", &rank.to_string(), "--exit-with-parent"])
+            .args(options);
+        let mut process = program.env("CKPT_RUNTIME_DIR", self.runtime_dir()).spawn();
+        process.stdout_line("listens on").await;
+        process
+    }
+
+    /// Starts the engines of all ranks.
+    pub async fn workers(&self, options: &[&str]) -> Vec<Process> {
+        let mut workers = Vec::new();
+        for rank in 0..self.world_size {
+            workers.push(self.worker(rank, options).await);
+        }
+        workers
+    }
+
+    /// Starts `ckpt update` of this checkpoint on all ranks, each with an engine of its own that speaks the native
+    /// protocol; `options` may say otherwise.
+    pub fn update(&self, options: &[&str]) -> Ranks {
+        let ports = TcpSocket::new_v4().and_then(|socket| {
+            // Bound and never listening: nobody else is given the port, and the hub, which reuses addresses, gets it.
+            socket.set_reuseaddr(true)?;
+            socket.bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+            Ok((socket.local_addr()?, socket))
+        });
+        let (hub, reserved) = ports.expect("a free port");
+        let world_size = self.world_size.to_string();
+        let start = |rank: u32| {
+            let rank = rank.to_string();
+            let mut program = Program::new(self.program).args(["update", "--json", "--device", "host"]);
+            program = program.arg("--checkpoint-path").arg(self.checkpoint());
+            for (name, value) in
+                [("--worker-protocol", "native"), ("--inference-parallel-size", "1"), ("--bucket-mib", "1")]
+            {
+                if !options.contains(&name) {
+                    program = program.args([name, value]);
+                }
+            }
+            if !options.contains(&"--endpoint") {
+                program = program.arg("--uds").arg(self.path("worker-{rank}.sock"));
+            }
+            let variables = [
+                ("RANK", rank.as_str()),
+                ("WORLD_SIZE", &world_size),
+                ("LOCAL_RANK", &rank),
+                ("LOCAL_WORLD_SIZE", &world_size),
+                ("CKPT_HUB_ADDRESS", &hub.to_string()),
+            ];
+            let program = variables.into_iter().fold(program, |p, (name, value)| p.env(name, value));
+            program.env("CKPT_RUNTIME_DIR", self.runtime_dir()).args(options).spawn()
+        };
+        Ranks { processes: (0..self.world_size).map(|rank| Some(start(rank))).collect(), _hub: reserved }
+    }
+
+    /// Waits until a rank's engine is in the middle of its first update.
+    pub async fn in_the_middle(&self, rank: u32) {
+        let until = Instant::now() + LONG;
+        loop {
+            let state = http_get(&self.engine(rank), "/v1/state").await.json();
+            if state[0]["mixed"] == true {
+                return;
+            }
+            assert_eq!(state[0]["updates"], 0, "the update of rank {rank} was over before it could be hit");
+            assert!(Instant::now() < until, "no update began on rank {rank}: {state}");
+        }
+    }
+
+    /// Checks that a rank's engine holds exactly this checkpoint, byte for byte.
+    pub async fn assert_holds(&self, rank: u32) {
+        let held = http_get(&self.engine(rank), "/v1/tensors").await.json();
+        let held = held.as_array().expect("a list of tensors").iter();
+        let held: BTreeMap<String, Value> =
+            held.map(|tensor| (tensor["name"].as_str().unwrap_or_default().to_owned(), tensor.clone())).collect();
+        let expected = digests(&self.source);
+        assert_eq!(held.len(), expected.len(), "the engine of rank {rank} holds other tensors");
+        for (name, tensor) in &expected {
+            assert_eq!(held.get(name), Some(tensor), "tensor {name} on the engine of rank {rank}");
+        }
+    }
+}
+
+/// What an engine that holds `source` answers to `GET /v1/tensors`, by name.
+pub fn digests(source: &CheckpointSource) -> BTreeMap<String, Value> {
+    let each = source.tensors().iter().enumerate().map(|(index, tensor)| {
+        let bytes = source.read(index).expect("the test's own checkpoint can be read");
+        let (meta, digest) = (&tensor.meta, DigestAlgorithm::Xxh3_64.digest(&bytes));
+        let value = json!({
+            "name": &*meta.name,
+            "dtype": meta.dtype.safetensors_name(),
+            "shape": &*meta.shape,
+            "digest": format!("{digest:016x}"),
+        });
+        (meta.name.to_string(), value)
+    });
+    each.collect()
+}
+
+/// The parameter servers of one `ckpt update`.
+#[derive(Debug)]
+pub struct Ranks {
+    processes: Vec<Option<Process>>,
+    _hub: TcpSocket,
+}
+
+impl Ranks {
+    /// One rank that is still running and was not taken.
+    pub fn get(&mut self, rank: u32) -> &mut Process {
+        self.processes[rank as usize].as_mut().expect("the rank was not taken")
+    }
+
+    /// Takes one rank out; [`Ranks::finish`] leaves it to the caller.
+    pub fn take(&mut self, rank: u32) -> Process {
+        self.processes[rank as usize].take().expect("the rank was not taken")
+    }
+
+    /// Waits until all ranks that were not taken have ended.
+    pub async fn finish(self, within: Duration) -> Vec<(u32, Finished)> {
+        let until = Instant::now() + within;
+        let mut ended = Vec::new();
+        for (rank, process) in (0..).zip(self.processes) {
+            if let Some(process) = process {
+                let left = until.saturating_duration_since(Instant::now());
+                ended.push((rank, process.finish(left).await));
+            }
+        }
+        ended
+    }
+}
+
+/// Whether an error's line names a rank, or the worker that it feeds, as the culprit.
+pub fn names(line: &str, rank: u32) -> bool {
+    let mut words = line.split(|c: char| c.is_whitespace() || "[]:,;".contains(c));
+    words.any(|word| match word.split_once('=') {
+        Some(("rank", culprit)) => culprit == rank.to_string(),
+        Some(("worker", uuid)) => uuid.starts_with("HOST-") && uuid.ends_with(&format!("-{rank}")),
+        _ => false,
+    })
+}
+
+/// Whether `folder` holds what `source` holds, as one `.safetensors` file.
+pub fn assert_dump(source: &CheckpointSource, dump: &Path) {
+    let held = CheckpointSource::open(dump).expect("the dump opens");
+    let comparison = ckpt_core::checkpoint::compare(source, &held).expect("both can be read");
+    assert!(comparison.is_equal(), "{}: {comparison:?}", dump.display());
+}
