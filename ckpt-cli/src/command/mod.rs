@@ -3,6 +3,7 @@
 mod demo;
 mod doctor;
 mod launch;
+mod serve;
 mod update;
 mod worker;
 
@@ -30,6 +31,7 @@ macro_rules! commands {
 commands! {
     Demo(demo::DemoArgs),
     Update(update::UpdateArgs),
+    Serve(serve::ServeArgs),
     Doctor(doctor::DoctorArgs),
     Launch(launch::LaunchArgs),
     Worker(worker::WorkerArgs),
