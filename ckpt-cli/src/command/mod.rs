@@ -2,7 +2,10 @@
 
 mod demo;
 mod doctor;
+mod instance;
+mod join;
 mod launch;
+mod metas_file;
 mod update;
 mod worker;
 
@@ -30,6 +33,7 @@ macro_rules! commands {
 commands! {
     Demo(demo::DemoArgs),
     Update(update::UpdateArgs),
+    Join(join::JoinArgs),
     Doctor(doctor::DoctorArgs),
     Launch(launch::LaunchArgs),
     Worker(worker::WorkerArgs),

@@ -74,7 +74,8 @@ async fn a_worker_that_raises_fails_the_update_everywhere() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_raises_on_the_adversarial_device() {
     let stages = [At::Open, At::Bucket(3), At::Bucket(11), At::Finish];
-    let each = (0..).zip(stages).flat_map(|(seed, at)| KINDS.map(|kind| a_worker_raises(kind, Some(seed), at)));
+    let each =
+        (0..).zip(stages).flat_map(|(seed, at)| KINDS.map(|kind| a_worker_raises(kind, Some(seed), at)));
     side_by_side(each).await;
 }
 
@@ -132,9 +133,12 @@ async fn who_does_not_call_is_named() {
     let mut setup = Setup::new(Kind::Tcp, None, RANKS);
     setup.deadlines.join = Duration::from_millis(800);
     let (mut cluster, workers, source) = prepared(setup).await;
-    let calls = cluster.ranks.iter_mut().zip(&workers).filter(|(_, w)| w.rank != 2).map(|(rank, worker)| {
-        rank.server.update(request(1, worker))
-    });
+    let calls = cluster
+        .ranks
+        .iter_mut()
+        .zip(&workers)
+        .filter(|(_, w)| w.rank != 2)
+        .map(|(rank, worker)| rank.server.update(request(1, worker)));
     for error in errors(futures_util::future::join_all(calls).await) {
         assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
         assert!(error.to_string().contains("rank 2") || error.get(Key::Rank) == Some("2"), "{error}");
@@ -146,9 +150,10 @@ async fn who_does_not_call_is_named() {
 async fn ranks_that_disagree_are_told_both_wishes_at_once() {
     let (mut cluster, workers, source) = prepared(Setup::new(Kind::Local, None, RANKS)).await;
     let started = Instant::now();
-    let calls = cluster.ranks.iter_mut().zip(&workers).map(|(rank, worker)| {
-        rank.server.update(request(if worker.rank == VICTIM { 8 } else { 7 }, worker))
-    });
+    let calls =
+        cluster.ranks.iter_mut().zip(&workers).map(|(rank, worker)| {
+            rank.server.update(request(if worker.rank == VICTIM { 8 } else { 7 }, worker))
+        });
     for error in errors(futures_util::future::join_all(calls).await) {
         assert_eq!(error.kind(), ErrorKind::ConfigInvalid, "{error}");
         assert!(error.message().contains("version") && error.message().contains('8'), "{error}");

@@ -112,7 +112,8 @@ async fn without_a_worker(kind: Kind, adversary: Option<u64>, lonely: u32) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rank_without_a_worker_serves_the_others() {
-    side_by_side((0..6).map(|n| without_a_worker(KINDS[n % 2], (n > 1).then_some(n as u64), n as u32 % 3))).await;
+    side_by_side((0..6).map(|n| without_a_worker(KINDS[n % 2], (n > 1).then_some(n as u64), n as u32 % 3)))
+        .await;
 }
 
 /// Fewer tensors than ranks, nothing but empty tensors, a rank with nothing.
@@ -202,16 +203,17 @@ async fn a_part_of_the_ranks_updates_alone_and_all_together_again() {
         cluster.update_well("model", 1, &source).await;
         let expected = Expected::of(&source);
         let workers = cluster.workers(&expected);
-        let calls = cluster.ranks.iter_mut().zip(&workers).filter(|(_, w)| w.rank != 1).map(|(rank, worker)| {
-            rank.server.update(UpdateRequest {
-                checkpoint: "model".into(),
-                version: Version(2),
-                // In any order.
-                ranks: vec![2, 0],
-                sink: Some(Box::new(worker.sink())),
-                engine: None,
-            })
-        });
+        let calls =
+            cluster.ranks.iter_mut().zip(&workers).filter(|(_, w)| w.rank != 1).map(|(rank, worker)| {
+                rank.server.update(UpdateRequest {
+                    checkpoint: "model".into(),
+                    version: Version(2),
+                    // In any order.
+                    ranks: vec![2, 0],
+                    sink: Some(Box::new(worker.sink())),
+                    engine: None,
+                })
+            });
         for report in futures_util::future::join_all(calls).await {
             report.unwrap();
         }
