@@ -171,7 +171,15 @@ impl Rank {
             limits,
         })
         .with_reader(reader);
-        Ok(Self { job, server, transport: name, runtime_dir, join: args.join_timeout, total: args.timeout, gathers: 0 })
+        Ok(Self {
+            job,
+            server,
+            transport: name,
+            runtime_dir,
+            join: args.join_timeout,
+            total: args.timeout,
+            gathers: 0,
+        })
     }
 
     /// This rank's number.

@@ -9,6 +9,7 @@ mod command;
 mod exit;
 mod failure;
 mod job;
+mod listen;
 mod logging;
 mod output;
 mod progress;

@@ -134,7 +134,15 @@ fn print(summary: &Summary, last: &Done, context: &Context) {
         ("to", format!("{} ranks over {} on {}", summary.ranks, summary.transport, summary.device)),
         ("load metas", format!("{:.3} s", summary.load_metas_s)),
         ("update", updates.join(", ")),
-        ("transfer", format!("{:.3} s in {} buckets of up to {}", last.transfer_s(), summary.buckets, format_bytes(summary.bucket_bytes))),
+        (
+            "transfer",
+            format!(
+                "{:.3} s in {} buckets of up to {}",
+                last.transfer_s(),
+                summary.buckets,
+                format_bytes(summary.bucket_bytes)
+            ),
+        ),
         ("ring", format_bytes(summary.ring_bytes)),
         ("rate", format!("{:.2} GiB/s", summary.gib_per_s)),
     ];

@@ -15,9 +15,13 @@ pub(crate) async fn load(source: &str) -> anyhow::Result<Metas> {
         fetch(source).await.map_err(|e| e.with(Key::Endpoint, source))?
     } else {
         tokio::fs::read(source).await.map_err(|e| {
-            Error::new(ErrorKind::ConfigInvalid, OPERATION, "the file cannot be read; write it with --save-metas-file")
-                .with(Key::Path, source)
-                .caused_by(e)
+            Error::new(
+                ErrorKind::ConfigInvalid,
+                OPERATION,
+                "the file cannot be read; write it with --save-metas-file",
+            )
+            .with(Key::Path, source)
+            .caused_by(e)
         })?
     };
     let metas = tokio::task::spawn_blocking(move || Metas::from_json(&json)).await?;
@@ -26,8 +30,12 @@ pub(crate) async fn load(source: &str) -> anyhow::Result<Metas> {
 
 async fn fetch(source: &str) -> Result<Vec<u8>, Error> {
     let unreachable = |e: reqwest::Error| {
-        Error::new(ErrorKind::Unavailable, OPERATION, "the instance does not answer; is `ckpt serve` running there?")
-            .caused_by(e.without_url())
+        Error::new(
+            ErrorKind::Unavailable,
+            OPERATION,
+            "the instance does not answer; is `ckpt serve` running there?",
+        )
+        .caused_by(e.without_url())
     };
     let builder = reqwest::Client::builder().timeout(FETCH_TIME).no_proxy();
     let (builder, url) = match source.strip_prefix("unix:") {
@@ -38,7 +46,8 @@ async fn fetch(source: &str) -> Result<Vec<u8>, Error> {
         None => (builder, source.to_owned()),
     };
     let mut url = reqwest::Url::parse(&url).map_err(|e| {
-        Error::new(ErrorKind::ConfigInvalid, OPERATION, "not a URL; write http://host:port or unix:SOCKET").caused_by(e)
+        Error::new(ErrorKind::ConfigInvalid, OPERATION, "not a URL; write http://host:port or unix:SOCKET")
+            .caused_by(e)
     })?;
     if url.path() == "/" {
         url.set_path(METAS_PATH);
@@ -69,8 +78,12 @@ pub(crate) async fn save(path: &Path, metas: &Metas) -> anyhow::Result<()> {
         file.persist(&target).map_err(|e| e.error).map(drop)
     });
     Ok(written.await?.map_err(|e| {
-        Error::new(ErrorKind::ConfigInvalid, "save metas", "the file cannot be written; choose another with --save-metas-file")
-            .with(Key::Path, path.display())
-            .caused_by(e)
+        Error::new(
+            ErrorKind::ConfigInvalid,
+            "save metas",
+            "the file cannot be written; choose another with --save-metas-file",
+        )
+        .with(Key::Path, path.display())
+        .caused_by(e)
     })?)
 }

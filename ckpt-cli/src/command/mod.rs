@@ -6,6 +6,7 @@ mod instance;
 mod join;
 mod launch;
 mod metas_file;
+mod serve;
 mod update;
 mod worker;
 
@@ -34,6 +35,7 @@ commands! {
     Demo(demo::DemoArgs),
     Update(update::UpdateArgs),
     Join(join::JoinArgs),
+    Serve(serve::ServeArgs),
     Doctor(doctor::DoctorArgs),
     Launch(launch::LaunchArgs),
     Worker(worker::WorkerArgs),

@@ -9,6 +9,7 @@ use ckpt_core::{
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
+pub(crate) use super::instance::WorkerProtocol;
 use super::{
     instance::{Done, InstanceArgs, layout},
     join, metas_file,
@@ -246,8 +247,11 @@ fn report(
 fn print(summary: &Summary, last: &Done, context: &Context) {
     let mut table = Table::new(&["what", "value"]);
     let of = |seconds: &[f64]| seconds.iter().map(|s| format!("{s:.3} s")).collect::<Vec<_>>().join(", ");
-    let updates: Vec<String> =
-        summary.update_s_by_method.iter().map(|(method, seconds)| format!("{method} {}", of(seconds))).collect();
+    let updates: Vec<String> = summary
+        .update_s_by_method
+        .iter()
+        .map(|(method, seconds)| format!("{method} {}", of(seconds)))
+        .collect();
     let rows = [
         (
             "checkpoint",

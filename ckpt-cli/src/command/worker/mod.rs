@@ -2,7 +2,6 @@
 //! the worker side of the native protocol.
 
 mod apply;
-mod listen;
 mod serve;
 mod store;
 
@@ -20,8 +19,12 @@ use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
 
-use self::{apply::Faults, listen::Listener, serve::Engine};
-use crate::{Context, exit::Exit};
+use self::{apply::Faults, serve::Engine};
+use crate::{
+    Context,
+    exit::Exit,
+    listen::{self, Listener},
+};
 
 /// Time that a running update gets to end by itself after SIGTERM.
 const GRACE: Duration = Duration::from_secs(5);
