@@ -2,7 +2,10 @@
 
 mod demo;
 mod doctor;
+mod instance;
+mod join;
 mod launch;
+mod metas_file;
 mod serve;
 mod update;
 mod worker;
@@ -31,6 +34,7 @@ macro_rules! commands {
 commands! {
     Demo(demo::DemoArgs),
     Update(update::UpdateArgs),
+    Join(join::JoinArgs),
     Serve(serve::ServeArgs),
     Doctor(doctor::DoctorArgs),
     Launch(launch::LaunchArgs),

@@ -158,6 +158,11 @@ impl ParameterServer {
         self.world_size
     }
 
+    /// What P2P updates read through.
+    pub fn reader(&self) -> &Arc<dyn Transport> {
+        &self.reader
+    }
+
     /// The rank's device.
     pub fn device(&self) -> &Arc<dyn DeviceBackend> {
         &self.device
