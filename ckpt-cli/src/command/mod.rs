@@ -1,5 +1,6 @@
 //! The commands. A new one is a file here, a `mod` line and a line in the list below.
 
+mod bench;
 mod demo;
 mod doctor;
 mod launch;
@@ -32,6 +33,7 @@ commands! {
     Demo(demo::DemoArgs),
     Update(update::UpdateArgs),
     Serve(serve::ServeArgs),
+    Bench(bench::BenchArgs),
     Doctor(doctor::DoctorArgs),
     Launch(launch::LaunchArgs),
     Worker(worker::WorkerArgs),
