@@ -227,7 +227,7 @@ impl Rank {
 }
 
 /// This host's address on the way to the hub. Connecting a UDP socket sends nothing.
-fn address_towards(host: &str, port: u16) -> Result<IpAddr, Error> {
+pub(crate) fn address_towards(host: &str, port: u16) -> Result<IpAddr, Error> {
     let find = || {
         let hub = (host, port).to_socket_addrs()?.next().ok_or(std::io::ErrorKind::AddrNotAvailable)?;
         let any: IpAddr = match hub {

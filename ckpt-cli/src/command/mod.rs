@@ -1,5 +1,6 @@
 //! The commands. A new one is a file here, a `mod` line and a line in the list below.
 
+mod bench;
 mod demo;
 mod doctor;
 mod instance;
@@ -36,6 +37,7 @@ commands! {
     Update(update::UpdateArgs),
     Join(join::JoinArgs),
     Serve(serve::ServeArgs),
+    Bench(bench::BenchArgs),
     Doctor(doctor::DoctorArgs),
     Launch(launch::LaunchArgs),
     Worker(worker::WorkerArgs),
