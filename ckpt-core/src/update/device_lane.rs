@@ -67,6 +67,9 @@ pub(super) struct DeviceWork {
     pub(super) exchange_deadline: Duration,
 }
 
+/// A bucket to pull, and who waits for its event.
+type PullRequest = (u32, oneshot::Sender<Result<Option<DeviceEvent>>>);
+
 /// The driver's end.
 pub(super) struct DeviceLane {
     rank: Rank,
@@ -76,7 +79,7 @@ pub(super) struct DeviceLane {
     h2d: Arc<dyn Stream>,
     loads: BTreeMap<u32, (DeviceEvent, Duration)>,
     puller: Option<Arc<Puller>>,
-    pulls: Option<mpsc::UnboundedSender<(u32, oneshot::Sender<Result<Option<DeviceEvent>>>)>>,
+    pulls: Option<mpsc::UnboundedSender<PullRequest>>,
     pulled: BTreeMap<u32, Pulled>,
     /// All tasks that pull: they hold the ring.
     pulling: TaskTracker,
