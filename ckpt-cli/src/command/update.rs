@@ -7,8 +7,8 @@ use ckpt_core::{
     checkpoint::{CheckpointSource, LoadOptions, Pool, load},
     engine::{ENGINES, EngineConfig, HttpTemplate, create},
     server::{Stages, UpdateReport, UpdateRequest},
-    update::EngineCall,
     sink::{CheckpointEngineSink, Layout, NativeSink, NativeSinkConfig, WeightSink, WireVersion},
+    update::EngineCall,
 };
 use clap::{Args, ValueEnum};
 use serde::Serialize;
