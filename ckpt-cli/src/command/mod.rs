@@ -3,7 +3,10 @@
 mod bench;
 mod demo;
 mod doctor;
+mod instance;
+mod join;
 mod launch;
+mod metas_file;
 mod serve;
 mod update;
 mod worker;
@@ -32,6 +35,7 @@ macro_rules! commands {
 commands! {
     Demo(demo::DemoArgs),
     Update(update::UpdateArgs),
+    Join(join::JoinArgs),
     Serve(serve::ServeArgs),
     Bench(bench::BenchArgs),
     Doctor(doctor::DoctorArgs),
