@@ -60,10 +60,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for device in devices:
             device.join()
         errors = [device.error for device in devices if device.error]
-        if errors:
-            self.answer(500, errors[0].encode())
-        else:
-            self.answer(200, json.dumps({"results": [None] * len(devices)}).encode())
+        try:
+            if errors:
+                self.answer(500, errors[0].encode())
+            else:
+                self.answer(200, json.dumps({"results": [None] * len(devices)}).encode())
+        except BrokenPipeError:
+            pass  # after a failure nobody may wait for the answer
         held = {
             device.uuid: {
                 name: [tensor["dtype"], tensor["shape"], hashlib.sha256(bytes.fromhex(tensor["hex"])).hexdigest()]
