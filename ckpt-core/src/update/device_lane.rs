@@ -41,8 +41,11 @@ struct InFlight {
 /// first one later.
 const PULLS_AT_ONCE: usize = 2;
 
-/// A pull that was asked for: with what the exchange has still to wait for.
-type Pulled = oneshot::Receiver<Result<Option<DeviceEvent>>>;
+/// How a pull ended: with what the exchange has still to wait for.
+type PullOutcome = Result<Option<DeviceEvent>>;
+type Pulled = oneshot::Receiver<PullOutcome>;
+/// A bucket to be pulled, and who waits for it.
+type PullOrder = (u32, oneshot::Sender<PullOutcome>);
 
 struct Exchange {
     bucket: u32,
@@ -76,7 +79,7 @@ pub(super) struct DeviceLane {
     h2d: Arc<dyn Stream>,
     loads: BTreeMap<u32, (DeviceEvent, Duration)>,
     puller: Option<Arc<Puller>>,
-    pulls: Option<mpsc::UnboundedSender<(u32, oneshot::Sender<Result<Option<DeviceEvent>>>)>>,
+    pulls: Option<mpsc::UnboundedSender<PullOrder>>,
     pulled: BTreeMap<u32, Pulled>,
     /// Ends the wait for pulls.
     stop: CancellationToken,
@@ -225,7 +228,7 @@ struct PullTask {
     h2d: Arc<dyn Stream>,
     limit: Duration,
     trace: Trace,
-    inbox: mpsc::UnboundedReceiver<(u32, oneshot::Sender<Result<Option<DeviceEvent>>>)>,
+    inbox: mpsc::UnboundedReceiver<PullOrder>,
 }
 
 impl PullTask {
