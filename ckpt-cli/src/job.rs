@@ -132,12 +132,17 @@ impl Rank {
         self.job.cluster.world_size
     }
 
+    /// Collective: what each rank says, by rank.
+    pub(crate) async fn collect(&mut self, what: &str, part: Bytes) -> anyhow::Result<Vec<Bytes>> {
+        self.gathers += 1;
+        let name = format!("{what} {}", self.gathers);
+        Ok(self.job.session.gather(&name, part, Instant::now() + self.join).await?)
+    }
+
     /// Collective: the largest of all ranks' `seconds`.
     pub(crate) async fn slowest(&mut self, what: &str, seconds: f64) -> anyhow::Result<f64> {
-        self.gathers += 1;
-        let name = format!("slowest {what} {}", self.gathers);
         let part = Bytes::copy_from_slice(&seconds.to_le_bytes());
-        let parts = self.job.session.gather(&name, part, Instant::now() + self.join).await?;
+        let parts = self.collect(&format!("slowest {what}"), part).await?;
         let times = parts.iter().filter_map(|p| Some(f64::from_le_bytes((**p).try_into().ok()?)));
         Ok(times.fold(0.0, f64::max))
     }

@@ -1,10 +1,11 @@
 //! The commands. A new one is a file here, a `mod` line and a line in the list below.
 
+mod bench;
 mod demo;
 mod doctor;
 mod launch;
 mod update;
-mod worker;
+pub(crate) mod worker;
 
 use std::process::ExitCode;
 
@@ -30,6 +31,7 @@ macro_rules! commands {
 commands! {
     Demo(demo::DemoArgs),
     Update(update::UpdateArgs),
+    Bench(bench::BenchArgs),
     Doctor(doctor::DoctorArgs),
     Launch(launch::LaunchArgs),
     Worker(worker::WorkerArgs),
