@@ -30,7 +30,7 @@ pub(crate) struct JobArgs {
     pub(crate) device: String,
     /// File with the job's secret; else CKPT_TOKEN, and ranks on one host need none
     #[arg(long, value_name = "FILE")]
-    token_file: Option<PathBuf>,
+    pub(crate) token_file: Option<PathBuf>,
     /// Connections between two ranks, for transports that stripe
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64), value_name = "N")]
     connections: u8,

@@ -11,6 +11,7 @@ pub mod deadlines;
 pub mod device;
 pub mod engine;
 pub mod error;
+pub mod layer;
 pub mod manifest;
 pub mod metas;
 pub mod plan;

@@ -61,7 +61,9 @@ pub fn save_checkpoint(
             bytes = 0;
         }
         bytes += len;
-        shards[0..].last_mut().into_iter().for_each(|s| s.push(index));
+        if let Some(shard) = shards.last_mut() {
+            shard.push(index);
+        }
     }
     let mut weight_map = BTreeMap::new();
     let mut paths = Vec::with_capacity(shards.len());

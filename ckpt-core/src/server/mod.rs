@@ -30,6 +30,9 @@ use crate::{
     },
 };
 
+/// Communicators that are kept, each for its own set of members.
+const GROUPS_KEPT: usize = 4;
+
 /// What a parameter server is made of.
 pub struct ServerConfig {
     /// The session with the hub.
@@ -96,7 +99,8 @@ pub struct ParameterServer {
     layouts: LayoutCache,
     /// Where the ranks of this job are, as they said it themselves.
     locations: BTreeMap<Rank, Location>,
-    group: Option<Group>,
+    /// Communicators for the next updates, the last used first.
+    groups: Vec<Group>,
     /// Rings that a worker may still have mapped after a failure.
     quarantine: Vec<Arc<dyn Ring>>,
     gathers: u64,
@@ -122,7 +126,7 @@ impl ParameterServer {
             latest: None,
             layouts: LayoutCache::default(),
             locations: BTreeMap::new(),
-            group: None,
+            groups: Vec::new(),
             quarantine: Vec::new(),
             gathers: 0,
         }
@@ -157,6 +161,16 @@ impl ParameterServer {
     /// The rank's device.
     pub fn device(&self) -> &Arc<dyn DeviceBackend> {
         &self.device
+    }
+
+    /// The time limits.
+    pub fn deadlines(&self) -> Deadlines {
+        self.deadlines
+    }
+
+    /// Sets the time limits of the calls that follow. The hub keeps its own for joining and silence.
+    pub fn set_deadlines(&mut self, deadlines: Deadlines) {
+        self.deadlines = deadlines;
     }
 
     /// Holds `checkpoint` under `name`; a name that is taken is an error.
@@ -222,12 +236,13 @@ impl ParameterServer {
         let trace = Trace::default();
         let updates = self.session.updates();
         // A communicator that broke since the last update is no use to anyone.
-        self.group = self
-            .group
-            .take()
-            .filter(|g| g.members == request.ranks && g.communicator.abort.poisoned().is_none());
+        self.groups.retain(|g| g.communicator.abort.poisoned().is_none());
+        let kept = self.groups.iter().position(|g| g.members == request.ranks);
+        let group = kept.map(|index| self.groups.remove(index));
         let leader = request.ranks.first() == Some(&self.rank);
-        let token = match (leader && request.ranks.len() > 1, &self.group, self.transport.collective()) {
+        let token = match (leader, &group, self.transport.collective()) {
+            // A group of one talks to nobody.
+            (true, None, _) if request.ranks.len() == 1 => Some(Bytes::new()),
             (true, None, Some(collective)) => Some(collective.create_token().await?),
             _ => None,
         };
@@ -238,7 +253,7 @@ impl ParameterServer {
             device_uuid: self.device.info().uuid.clone(),
             endpoint: request.sink.as_ref().map(|s| s.endpoint().to_owned()),
             free_bytes: self.device.free_memory_bytes()?,
-            communicator: self.group.as_ref().map(|g| g.epoch),
+            communicator: group.as_ref().map(|g| g.epoch),
             token,
         }))?;
         let attempt = Attempt {
@@ -253,12 +268,16 @@ impl ParameterServer {
             pull,
             sink: request.sink,
             engine: request.engine,
-            group: self.group.take(),
+            group,
             trace: trace.clone(),
         };
         let Ended { outcome, epoch, plan, group, quarantined } =
             drive(attempt, self.session.clone(), updates).await;
-        self.group = group;
+        if let Some(group) = group {
+            // An update of all ranks and one of some alternate without building anything anew.
+            self.groups.truncate(GROUPS_KEPT - 1);
+            self.groups.insert(0, group);
+        }
         self.quarantine.extend(quarantined);
         match outcome {
             Outcome::Committed { failure: None } => Ok(UpdateReport::new(

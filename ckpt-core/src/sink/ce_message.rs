@@ -117,11 +117,7 @@ pub(super) fn bucket(message: &BucketMessage) -> Result<Vec<u8>> {
         };
         p.shared(&mut dtypes[known].1, |p| p.global("torch", meta.dtype.torch_name()));
         p.shared(shape, |p| p.str("shape"));
-        if meta.dtype == DType::F4 {
-            p.int_tuple(&packed_shape(meta)?);
-        } else {
-            p.int_tuple(&meta.shape);
-        }
+        p.int_tuple(&meta.torch_shape().ok_or_else(|| odd_pairs(meta))?);
         p.shared(offset, |p| p.str("offset"));
         p.int(tensor.offset);
         p.end_dict();
@@ -160,22 +156,12 @@ fn check_dtype(meta: &TensorMeta) -> Result<()> {
     }
 }
 
-/// torch counts pairs of 4-bit elements: its last dimension is half of safetensors'.
-fn packed_shape(meta: &TensorMeta) -> Result<Vec<u64>> {
-    let mut shape = meta.shape.to_vec();
-    match shape.last_mut() {
-        Some(last) if last.is_multiple_of(2) => {
-            *last /= 2;
-            Ok(shape)
-        }
-        _ => Err(unsupported(
-            meta,
-            format!(
-                "torch packs 4-bit elements in pairs along the last dimension, which does not fit {}",
-                format_shape(&meta.shape)
-            ),
-        )),
-    }
+fn odd_pairs(meta: &TensorMeta) -> Error {
+    let shape = format_shape(&meta.shape);
+    unsupported(
+        meta,
+        format!("torch packs 4-bit elements in pairs along the last dimension, which does not fit {shape}"),
+    )
 }
 
 fn unsupported(meta: &TensorMeta, message: String) -> Error {

@@ -64,7 +64,7 @@ pub fn ring_plan(ranks: u32, buckets: u32, slots: u32, window: u32, bucket_bytes
 
 /// Buckets of different sizes that wrap around the ring wherever they fit, from owners in any order.
 pub fn random_plan(ranks: u32, buckets: u32, ring_bytes: u64, random: &mut Random) -> UpdatePlan {
-    let mut plan = empty_plan(ranks, ring_bytes, ring_bytes / 2, ranks, random.next());
+    let mut plan = empty_plan(ranks, ring_bytes, ring_bytes / 2, ranks, random.draw());
     let mut at = 0;
     for _ in 0..buckets {
         let window = 1 + random.below(u64::from(ranks.min(3)));

@@ -62,6 +62,9 @@ pub(super) struct DeviceWork {
     /// `None` for a group of one.
     pub(super) communicator: Option<Communicator>,
     pub(super) bucket_deadline: Duration,
+    /// For the watch over broadcasts: other ranks' workers may hold a bucket up before it moves. The machine keeps the
+    /// clock of each bucket and names who is late.
+    pub(super) exchange_deadline: Duration,
 }
 
 /// The driver's end.
@@ -121,7 +124,7 @@ impl DeviceLane {
             net,
             queue,
             stop: stop.clone(),
-            bucket_deadline: work.bucket_deadline,
+            deadline: work.exchange_deadline,
             trace: trace.clone(),
             events: events.clone(),
             inbox: exchange_inbox,
@@ -251,7 +254,7 @@ struct ExchangeTask {
     net: Arc<dyn Stream>,
     queue: Option<Box<dyn CommunicatorQueue>>,
     stop: CancellationToken,
-    bucket_deadline: Duration,
+    deadline: Duration,
     trace: Trace,
     events: mpsc::UnboundedSender<Event>,
     inbox: mpsc::UnboundedReceiver<Exchange>,
@@ -285,7 +288,7 @@ impl ExchangeTask {
             }
         };
         let start = self.trace.now();
-        let deadline = Instant::now() + self.bucket_deadline;
+        let deadline = Instant::now() + self.deadline;
         let exchanged = match &mut self.queue {
             None => None,
             Some(queue) => {

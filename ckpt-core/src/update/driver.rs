@@ -317,6 +317,7 @@ impl Driver {
             puller: puller.map(Arc::new),
             communicator: group.map(|g| g.communicator),
             bucket_deadline: self.attempt.deadlines.bucket,
+            exchange_deadline: self.attempt.deadlines.total,
         };
         let lane =
             DeviceLane::spawn(&*self.attempt.device, work, self.attempt.trace.clone(), self.events.clone())?;

@@ -217,3 +217,26 @@ async fn copies_of_any_size_arrive_in_order() {
         assert!(stream.copy(small.slice(), large.slice()).is_err());
     }
 }
+
+#[tokio::test]
+async fn a_missing_wait_shows_on_the_adversary() {
+    let (device, _folder) = device();
+    let device = device.adversarial(5);
+    for waits in [true, false] {
+        let (load, net) = (device.stream("load").unwrap(), device.stream("net").unwrap());
+        let ring = device.allocate_ring(100).unwrap();
+        let place = crate::device::BufferSlice::whole(ring.buffer());
+        let received = HostBuffer::allocate(100).unwrap();
+        load.copy(HostBuffer::from_bytes(&[1; 100]).unwrap().slice(), place.clone()).unwrap();
+        let loaded = load.record().unwrap();
+        if waits {
+            net.wait(&loaded).unwrap();
+        }
+        net.copy(place, received.slice()).unwrap();
+        net.record().unwrap().done(soon()).await.unwrap();
+        let slice = received.slice();
+        // SAFETY: the copy is done.
+        let bytes = unsafe { slice.as_slice().unwrap() };
+        assert_eq!(bytes, [if waits { 1 } else { POISON }; 100]);
+    }
+}
