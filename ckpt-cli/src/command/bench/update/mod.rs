@@ -213,7 +213,11 @@ async fn run_ranks(args: &BenchUpdateArgs, scratch: &Path) -> anyhow::Result<Rep
     let last = text.lines().rev().find(|line| line.starts_with('{'));
     match (output.status.success(), last) {
         (true, Some(line)) => serde_json::from_str(line).context("read the ranks' result"),
-        _ => anyhow::bail!("the ranks ended with {}: {}", output.status, last_lines(&log)),
+        // The first rank that fails says why on stdout.
+        (_, said) => {
+            let said = said.map_or_else(|| last_lines(&log), str::to_owned);
+            anyhow::bail!("the ranks ended with {}: {said}", output.status)
+        }
     }
 }
 
@@ -221,7 +225,8 @@ async fn run_ranks(args: &BenchUpdateArgs, scratch: &Path) -> anyhow::Result<Rep
 fn last_lines(log: &Path) -> String {
     let text = std::fs::read_to_string(log).unwrap_or_default();
     let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-    let errors: Vec<&str> = lines.iter().copied().filter(|line| line.contains("error: ")).collect();
+    let wrong = |line: &&str| ["error: ", "ERROR", "WARN", "Error"].iter().any(|word| line.contains(word));
+    let errors: Vec<&str> = lines.iter().copied().filter(wrong).collect();
     let chosen = if errors.is_empty() { &lines } else { &errors };
     chosen[chosen.len().saturating_sub(6)..].join(" | ")
 }
