@@ -11,6 +11,7 @@ mod cuda_worker;
 mod exit;
 mod failure;
 mod job;
+mod listen;
 mod logging;
 mod output;
 mod progress;

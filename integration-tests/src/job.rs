@@ -141,8 +141,9 @@ impl Job {
     pub async fn assert_holds(&self, rank: u32) {
         let held = http_get(&self.engine(rank), "/v1/tensors").await.json();
         let held = held.as_array().expect("a list of tensors").iter();
-        let held: BTreeMap<String, Value> =
-            held.map(|tensor| (tensor["name"].as_str().unwrap_or_default().to_owned(), tensor.clone())).collect();
+        let held: BTreeMap<String, Value> = held
+            .map(|tensor| (tensor["name"].as_str().unwrap_or_default().to_owned(), tensor.clone()))
+            .collect();
         let expected = digests(&self.source);
         assert_eq!(held.len(), expected.len(), "the engine of rank {rank} holds other tensors");
         for (name, tensor) in &expected {

@@ -285,7 +285,9 @@ async fn verify(rank: u32, socket: &Path, expected: &HashMap<String, Held>) -> a
     for tensor in &held {
         match expected.get(&tensor.name) {
             None => {
-                return Err(wrong(&tensor.name, "the worker holds a tensor that the files do not have").into());
+                return Err(
+                    wrong(&tensor.name, "the worker holds a tensor that the files do not have").into()
+                );
             }
             Some(source) if source != tensor => {
                 return Err(wrong(&tensor.name, "the worker's bytes differ from the files'").into());

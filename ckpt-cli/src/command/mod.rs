@@ -3,7 +3,11 @@
 mod bench;
 mod demo;
 mod doctor;
+mod instance;
+mod join;
 mod launch;
+mod metas_file;
+mod serve;
 mod update;
 pub(crate) mod worker;
 
@@ -31,6 +35,8 @@ macro_rules! commands {
 commands! {
     Demo(demo::DemoArgs),
     Update(update::UpdateArgs),
+    Join(join::JoinArgs),
+    Serve(serve::ServeArgs),
     Bench(bench::BenchArgs),
     Doctor(doctor::DoctorArgs),
     Launch(launch::LaunchArgs),

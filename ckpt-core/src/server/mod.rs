@@ -25,7 +25,7 @@ use crate::{
     types::{Rank, Version},
     update::{
         EngineCall, Outcome,
-        driver::{Attempt, Ended, Group, drive},
+        driver::{Attempt, Ended, Group, drive, no_broadcasts},
         trace::Trace,
     },
 };
@@ -158,6 +158,11 @@ impl ParameterServer {
         self.world_size
     }
 
+    /// What P2P updates read through.
+    pub fn reader(&self) -> &Arc<dyn Transport> {
+        &self.reader
+    }
+
     /// The rank's device.
     pub fn device(&self) -> &Arc<dyn DeviceBackend> {
         &self.device
@@ -210,6 +215,18 @@ impl ParameterServer {
         self.gather(&format!("barrier {name}"), Bytes::new()).await.map(drop)
     }
 
+    /// Keeps a communicator in place of the oldest. The one of all ranks stays: a rank that was not in the last few
+    /// updates still has it, and would count on it.
+    fn keep(&mut self, group: Group) {
+        self.groups.insert(0, group);
+        let all = self.world_size as usize;
+        if self.groups.len() > GROUPS_KEPT
+            && let Some(oldest) = self.groups.iter().rposition(|g| g.members.len() < all)
+        {
+            self.groups.remove(oldest);
+        }
+    }
+
     /// Collective over `request.ranks`: moves the checkpoint into every member's worker, or into none.
     ///
     /// `request.ranks` also says how: see [`UpdateRequest::ranks`].
@@ -233,6 +250,9 @@ impl ParameterServer {
             )
             .with(Key::Rank, self.rank));
         }
+        if request.ranks.len() > 1 && self.transport.collective().is_none() {
+            return Err(no_broadcasts(&*self.transport));
+        }
         let trace = Trace::default();
         let updates = self.session.updates();
         // A communicator that broke since the last update is no use to anyone.
@@ -240,10 +260,8 @@ impl ParameterServer {
         let kept = self.groups.iter().position(|g| g.members == request.ranks);
         let group = kept.map(|index| self.groups.remove(index));
         let leader = request.ranks.first() == Some(&self.rank);
-        let token = match (leader, &group, self.transport.collective()) {
-            // A group of one talks to nobody.
-            (true, None, _) if request.ranks.len() == 1 => Some(Bytes::new()),
-            (true, None, Some(collective)) => Some(collective.create_token().await?),
+        let token = match &group {
+            None if leader => Some(new_token(&*self.transport, request.ranks.len()).await?),
             _ => None,
         };
         self.session.send(&ToHub::Join(Joining {
@@ -269,16 +287,16 @@ impl ParameterServer {
             sink: request.sink,
             engine: request.engine,
             group,
+            quarantine: std::mem::take(&mut self.quarantine),
             trace: trace.clone(),
         };
-        let Ended { outcome, epoch, plan, group, quarantined } =
+        let Ended { outcome, epoch, plan, group, quarantine } =
             drive(attempt, self.session.clone(), updates).await;
         if let Some(group) = group {
             // An update of all ranks and one of some alternate without building anything anew.
-            self.groups.truncate(GROUPS_KEPT - 1);
-            self.groups.insert(0, group);
+            self.keep(group);
         }
-        self.quarantine.extend(quarantined);
+        self.quarantine = quarantine;
         match outcome {
             Outcome::Committed { failure: None } => Ok(UpdateReport::new(
                 request.version,
@@ -304,4 +322,12 @@ impl ParameterServer {
             .caused_by(cause)),
         }
     }
+}
+
+/// What the hub tells all members so that they find the leader. One member alone needs nobody.
+async fn new_token(transport: &dyn Transport, members: usize) -> Result<Bytes> {
+    if members == 1 {
+        return Ok(Bytes::new());
+    }
+    transport.collective().ok_or_else(|| no_broadcasts(transport))?.create_token().await
 }

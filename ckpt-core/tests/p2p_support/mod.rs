@@ -42,11 +42,13 @@ pub struct Shape<'a> {
     pub adversary: Option<u64>,
     /// Each rank says that it is on a host of its own, so that several receive.
     pub own_hosts: bool,
+    /// Layers over each rank's transport.
+    pub wrap: fn(Arc<dyn Transport>) -> Arc<dyn Transport>,
 }
 
 impl Shape<'_> {
     pub fn new(world_size: u32) -> Self {
-        Shape { world_size, secret: "secret of both", adversary: None, own_hosts: true }
+        Shape { world_size, secret: "secret of both", adversary: None, own_hosts: true, wrap: |t| t }
     }
 }
 
@@ -106,7 +108,7 @@ impl Job {
             let mut server = ParameterServer::new(ServerConfig {
                 session,
                 device: device.clone(),
-                transport,
+                transport: (shape.wrap)(transport),
                 deadlines,
                 limits,
             });

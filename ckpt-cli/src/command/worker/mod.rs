@@ -3,7 +3,6 @@
 
 mod apply;
 pub(crate) mod device;
-mod listen;
 mod serve;
 mod store;
 
@@ -24,10 +23,13 @@ use tracing::info;
 use self::{
     apply::Faults,
     device::Place,
-    listen::Listener,
     serve::{Device, Engine},
 };
-use crate::{Context, exit::Exit};
+use crate::{
+    Context,
+    exit::Exit,
+    listen::{self, Listener},
+};
 
 /// Time that a running update gets to end by itself after SIGTERM.
 const GRACE: Duration = Duration::from_secs(5);

@@ -200,7 +200,7 @@ async fn run_ranks(args: &BenchUpdateArgs, scratch: &Path) -> anyhow::Result<Rep
     command.args(["--shape", &args.shape.to_string(), "--iterations", &args.iterations.to_string()]);
     command.args(["--floor-iterations", &args.floor_iterations.to_string()]);
     command.args(["--device", &args.device, "--transport", &args.transport]);
-    command.args(["--timeout", &args.timeout.to_string(), "--join-timeout", &args.timeout.to_string()]);
+    command.args(["--timeout", &args.timeout.to_string()]);
     if let Some(mib) = args.bucket_mib {
         command.args(["--bucket-mib", &mib.to_string()]);
     }
