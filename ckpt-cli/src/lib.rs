@@ -6,6 +6,8 @@
 //! - exit codes are those of [`Exit`].
 
 mod command;
+#[cfg(feature = "nccl")]
+mod cuda_worker;
 mod exit;
 mod failure;
 mod job;
@@ -27,6 +29,7 @@ use ckpt_core::{
     transport::{Registry, local::LocalProvider, tcp::TcpProvider},
 };
 use clap::Parser;
+use command::worker::device::{HostWorker, WorkerDevice};
 pub use exit::Exit;
 pub use output::{Output, Table, format_bytes};
 
@@ -66,6 +69,15 @@ pub fn registry() -> Registry {
     registry.add_transport(LocalProvider::default());
     registry.add_transport(TcpProvider);
     registry
+}
+
+/// The devices that `ckpt worker` can run on, in the order in which `auto` tries them.
+pub(crate) fn worker_devices() -> Vec<Box<dyn WorkerDevice>> {
+    vec![
+        #[cfg(feature = "nccl")]
+        Box::<cuda_worker::CudaWorker>::default(),
+        Box::new(HostWorker),
+    ]
 }
 
 /// The cargo features that this build has.

@@ -51,8 +51,9 @@ async fn join(job: &Job, rank: u32, hub: HubAddress) -> Rank {
     };
     let token = Some(Token::new("the job's secret").unwrap());
     let runtime_dir = job.runtime_dir();
-    let joined =
-        Joined::join(JobOptions { cluster, token, runtime_dir: runtime_dir.clone(), deadlines }).await.unwrap();
+    let joined = Joined::join(JobOptions { cluster, token, runtime_dir: runtime_dir.clone(), deadlines })
+        .await
+        .unwrap();
     let config = DeviceConfig { rank, local_rank: rank, runtime_dir: runtime_dir.clone() };
     let device: Arc<dyn DeviceBackend> = Arc::new(HostDevice::open(&config).unwrap());
     let transport = TcpProvider.open(&TransportConfig {
@@ -63,11 +64,8 @@ async fn join(job: &Job, rank: u32, hub: HubAddress) -> Rank {
         device: device.clone(),
     });
     // A ring of a few buckets: the transfer waits for the workers.
-    let limits = PlanLimits {
-        target_bucket_bytes: 512 << 10,
-        ring_slack_bytes: 2 << 20,
-        ..PlanLimits::default()
-    };
+    let limits =
+        PlanLimits { target_bucket_bytes: 512 << 10, ring_slack_bytes: 2 << 20, ..PlanLimits::default() };
     let mut server = ParameterServer::new(ServerConfig {
         session: joined.session.clone(),
         device: device.clone(),

@@ -1,9 +1,10 @@
-//! `ckpt bench`: rates of single parts.
+//! `ckpt bench`: whole updates, and the rates of single parts.
 
 mod measure;
 mod rank;
 mod report;
 mod size;
+mod update;
 
 use std::{
     io::Write,
@@ -30,10 +31,11 @@ use self::{
 };
 use crate::{Context, exit::Exit};
 
-/// Measure one part by itself
+/// Measure whole updates, or one part by itself
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
+  ckpt bench update --device cuda --shape qwen3-8b --ranks 2 --iterations 4 --trace trace.json
   ckpt bench transport --transport tcp --op broadcast --sizes 1MiB,64MiB --ranks 2 --check
   ckpt bench transport --transport local --op read --sizes 4KiB,1MiB --json
   torchrun --nproc-per-node 8 --no-python ckpt bench transport --transport nccl --op allgather --sizes 256MiB")]
@@ -44,7 +46,11 @@ pub(crate) struct BenchArgs {
 
 #[derive(Subcommand)]
 enum What {
-    Transport(TransportArgs),
+    Update(Box<update::BenchUpdateArgs>),
+    /// One rank of `ckpt bench update`
+    #[command(hide = true)]
+    UpdateRank(Box<update::RankArgs>),
+    Transport(Box<TransportArgs>),
 }
 
 /// Measure a transport's broadcasts, allgathers or one-sided reads
@@ -120,7 +126,14 @@ impl TransportArgs {
 }
 
 pub(crate) async fn run(args: BenchArgs, context: &Context) -> anyhow::Result<ExitCode> {
-    let What::Transport(args) = args.what;
+    match args.what {
+        What::Update(args) => update::run(*args, context).await,
+        What::UpdateRank(args) => update::run_rank(*args, context).await,
+        What::Transport(args) => run_transport(*args, context).await,
+    }
+}
+
+async fn run_transport(args: TransportArgs, context: &Context) -> anyhow::Result<ExitCode> {
     let launched = ["RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"];
     let measured = if launched.iter().any(|name| std::env::var_os(name).is_some()) {
         match rank::run(&args, context).await? {

@@ -9,7 +9,7 @@ mod launch;
 mod metas_file;
 mod serve;
 mod update;
-mod worker;
+pub(crate) mod worker;
 
 use std::process::ExitCode;
 

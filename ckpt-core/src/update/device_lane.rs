@@ -41,8 +41,11 @@ struct InFlight {
 /// first one later.
 const PULLS_AT_ONCE: usize = 2;
 
-/// A pull that was asked for: with what the exchange has still to wait for.
-type Pulled = oneshot::Receiver<Result<Option<DeviceEvent>>>;
+/// How a pull ended: with what the exchange has still to wait for.
+type PullOutcome = Result<Option<DeviceEvent>>;
+type Pulled = oneshot::Receiver<PullOutcome>;
+/// A bucket to be pulled, and who waits for it.
+type PullOrder = (u32, oneshot::Sender<PullOutcome>);
 
 struct Exchange {
     bucket: u32,
@@ -67,8 +70,6 @@ pub(super) struct DeviceWork {
     pub(super) exchange_deadline: Duration,
 }
 
-/// A bucket to pull, and who waits for its event.
-type PullRequest = (u32, oneshot::Sender<Result<Option<DeviceEvent>>>);
 
 /// The driver's end.
 pub(super) struct DeviceLane {
@@ -79,7 +80,7 @@ pub(super) struct DeviceLane {
     h2d: Arc<dyn Stream>,
     loads: BTreeMap<u32, (DeviceEvent, Duration)>,
     puller: Option<Arc<Puller>>,
-    pulls: Option<mpsc::UnboundedSender<PullRequest>>,
+    pulls: Option<mpsc::UnboundedSender<PullOrder>>,
     pulled: BTreeMap<u32, Pulled>,
     /// All tasks that pull: they hold the ring.
     pulling: TaskTracker,

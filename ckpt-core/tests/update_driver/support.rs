@@ -24,7 +24,7 @@ use ckpt_core::{
     },
     plan::PlanLimits,
     server::{ParameterServer, ServerConfig, UpdateReport, UpdateRequest},
-    sink::{BucketMessage, WeightSink},
+    sink::{Afterwards, BucketMessage, WeightSink},
     transport::{
         Capability, Collective, CollectiveOp, Communicator, CommunicatorQueue, GroupSpec, OneSided,
         Transport, TransportConfig, TransportProvider, local::LocalProvider, tcp::TcpProvider,
@@ -614,14 +614,14 @@ impl WeightSink for TestSink {
         Ok(())
     }
 
-    async fn fail(&mut self, cause: &Error, deadline: Instant) -> Result<()> {
+    async fn fail(&mut self, cause: &Error, deadline: Instant) -> Result<Afterwards> {
         if matches!(self.fault, Fault::Gone(_)) {
             tokio::time::sleep_until(deadline.into()).await;
             return Err(Error::new(ErrorKind::Timeout, "tell the worker", "it does not listen"));
         }
         self.ring = None;
         *self.state.told.lock().unwrap() = Some(cause.to_string());
-        Ok(())
+        Ok(Afterwards::LetGo)
     }
 }
 
