@@ -143,6 +143,7 @@ async fn member(transport: Arc<Table>, rank: u32, mine: BufferSlice, other: Buff
     communicator.abort.poisoned().map_or(Ok(()), Err) // a completion counts only if nothing was aborted
 }
 
+/// Two members exchange a mebibyte each.
 #[tokio::main]
 pub async fn main() -> anyhow::Result<()> {
     let runtime_dir = ckpt_core::device::runtime_dir()?;

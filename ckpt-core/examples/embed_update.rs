@@ -17,6 +17,7 @@ use ckpt_core::{
     transport::{TransportConfig, TransportProvider, tcp::TcpProvider},
 };
 
+/// One update, from the files to the consumer.
 #[tokio::main]
 pub async fn main() -> anyhow::Result<()> {
     // Which rank this is, the session with the others, the device, and the way to the others' devices.

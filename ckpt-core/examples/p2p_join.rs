@@ -45,6 +45,7 @@ async fn instance(token: &Token) -> Result<(Job, ParameterServer, Arc<dyn Device
     Ok((job, server, device))
 }
 
+/// An owner, and an instance that joins.
 #[tokio::main]
 pub async fn main() -> anyhow::Result<()> {
     let token = Token::random()?;

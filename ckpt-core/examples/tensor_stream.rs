@@ -28,6 +28,7 @@ use ckpt_core::{
 const TENSORS: u64 = 64;
 const TENSOR_BYTES: u64 = 256 << 10;
 
+/// Sixteen mebibytes through a small ring.
 #[tokio::main]
 pub async fn main() -> anyhow::Result<()> {
     // A job of one rank, whatever the environment says.

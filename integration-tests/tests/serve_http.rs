@@ -19,6 +19,9 @@ use tokio::{
     net::UnixStream,
 };
 
+/// The secret of all jobs here: who joins must have that of the owners.
+const TOKEN: &str = "a-secret-of-this-test";
+
 /// One request over a UNIX socket.
 async fn request(socket: &Path, method: &str, path: &str, body: Option<Value>) -> Reply {
     raw(socket, method, path, "application/json", &body.map(|b| b.to_string()).unwrap_or_default()).await
@@ -45,6 +48,7 @@ struct Cluster {
     folder: TempDir,
     ranks: u32,
     servers: Option<Process>,
+    ending: bool,
     engines: Vec<Process>,
     files: Vec<PathBuf>,
 }
@@ -57,7 +61,7 @@ impl Cluster {
         let source = CheckpointSource::open(folder.path().join("model")).unwrap();
         let files: Vec<_> = source.paths().map(Path::to_owned).collect();
         assert!(files.len() >= ranks as usize, "{files:?}");
-        let mut cluster = Self { folder, ranks, servers: None, engines: Vec::new(), files };
+        let mut cluster = Self { folder, ranks, servers: None, ending: false, engines: Vec::new(), files };
         let run = cluster.path("run");
         for rank in 0..ranks {
             let program = ckpt!("worker", "--exit-with-parent", "--uds", cluster.engine(rank), "--rank")
@@ -71,7 +75,8 @@ impl Cluster {
             .args(["serve", "--device", "host", "--transport", "tcp", "--worker-protocol", "native"])
             .args(["--uds".into(), cluster.path("ps-{rank}.sock")])
             .args(server_options)
-            .env("CKPT_RUNTIME_DIR", &run);
+            .env("CKPT_RUNTIME_DIR", &run)
+            .env("CKPT_TOKEN", TOKEN);
         let mut servers = program.spawn();
         for rank in 0..ranks {
             servers.stdout_line(&format!("rank {rank} listens")).await;
@@ -158,6 +163,16 @@ impl Cluster {
         }
     }
 
+    /// How often each engine was updated.
+    async fn engine_updates(&self) -> Vec<u64> {
+        let mut updates = Vec::new();
+        for rank in 0..self.ranks {
+            let state = http_get(&format!("unix:{}", self.engine(rank).display()), "/v1/state").await.json();
+            updates.push(state[0]["updates"].as_u64().unwrap());
+        }
+        updates
+    }
+
     async fn status(&self, rank: u32) -> Value {
         let reply = request(&self.server(rank), "GET", "/v1/status", None).await;
         assert_eq!(reply.status, 200);
@@ -167,7 +182,10 @@ impl Cluster {
     /// Ends the servers in order; the launcher's exit code is that of its first failure.
     async fn end(mut self) {
         let servers = self.servers.take().unwrap();
-        servers.signal(Signal::TERM);
+        // It may have been signalled before; a second one would kill.
+        if !self.ending {
+            servers.signal(Signal::TERM);
+        }
         servers.finish(LONG).await.expect_code(0);
         for rank in 0..self.ranks {
             assert!(!self.server(rank).exists(), "the socket of rank {rank} was left");
@@ -236,6 +254,42 @@ async fn four_ranks_register_gather_update_and_unregister() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn some_ranks_pull_and_another_job_joins_with_the_metas_of_this_one() {
+    let sender = Cluster::start(4, &[], &[]).await;
+    let cluster = &sender;
+    cluster.expect_empty_200(&cluster.register("a").await);
+    cluster.expect_empty_200(&cluster.all("POST", "/v1/checkpoints/a/gather-metas", |_| None).await);
+    // Posted to every rank; those that are not named go on undisturbed.
+    let some = async |ranks: &[u32]| {
+        let body = |rank| {
+            let mut body = cluster.update_body(rank);
+            body["ranks"] = json!(ranks);
+            body["inference_group_ranks"] = if ranks.contains(&rank) { json!([rank]) } else { json!([]) };
+            Some(body)
+        };
+        cluster.all("POST", "/v1/checkpoints/a/update", body).await
+    };
+    cluster.expect_empty_200(&some(&[2, 3]).await);
+    assert_eq!(cluster.engine_updates().await, [0, 0, 1, 1]);
+    cluster.expect_empty_200(&some(&[0, 1]).await);
+    cluster.assert_engines_hold_the_files().await;
+    assert_eq!(cluster.engine_updates().await, [1, 1, 1, 1]);
+
+    // The same files were generated there, and nothing was registered.
+    let joining = Cluster::start(2, &[], &[]).await;
+    let metas = request(&cluster.server(3), "GET", "/v1/metas", None).await.json();
+    joining.expect_empty_200(&joining.all("POST", "/v1/metas", |_| Some(metas.clone())).await);
+    assert_eq!(request(&joining.server(1), "GET", "/v1/metas", None).await.json(), metas);
+    let updated =
+        joining.all("POST", "/v1/checkpoints/a/update", |rank| Some(joining.update_body(rank))).await;
+    joining.expect_empty_200(&updated);
+    joining.assert_engines_hold_the_files().await;
+    assert_eq!(cluster.engine_updates().await, [1, 1, 1, 1]);
+    joining.end().await;
+    sender.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_does_not_fit_is_422_and_health_answers_during_an_update() {
     // Slow engines, and many buckets.
     let cluster =
@@ -290,6 +344,33 @@ async fn what_does_not_fit_is_422_and_health_answers_during_an_update() {
     cluster.end().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_signal_in_the_middle_of_an_update_ends_it_with_an_answer() {
+    // Six buckets of 20 s each: it never ends by itself.
+    let options = ["--bucket-mib", "1", "--grace", "1", "--bucket-timeout", "60"];
+    let cluster = Cluster::start(2, &["--slow-ms", "20000"], &options).await;
+    cluster.expect_empty_200(&cluster.register("a").await);
+    cluster.expect_empty_200(&cluster.all("POST", "/v1/checkpoints/a/gather-metas", |_| None).await);
+    let update = cluster.all("POST", "/v1/checkpoints/a/update", |rank| Some(cluster.update_body(rank)));
+    let signal = async {
+        let begun = async {
+            for rank in 0..2 {
+                while cluster.status(rank).await["doing"]["state"] != json!("updating") {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            }
+        };
+        tokio::time::timeout(LONG, begun).await.unwrap();
+        cluster.servers.as_ref().unwrap().signal(Signal::TERM);
+    };
+    let (replies, ()) = tokio::join!(update, signal);
+    for reply in replies {
+        assert_eq!(reply.status, 500, "{}", reply.body);
+    }
+    let ended = Cluster { ending: true, ..cluster };
+    ended.end().await;
+}
+
 #[tokio::test]
 async fn a_listener_that_others_reach_needs_a_token() {
     let folder = tempfile::tempdir().unwrap();
@@ -301,7 +382,7 @@ async fn a_listener_that_others_reach_needs_a_token() {
     let program = ckpt!("serve", "--device", "host", "--listen", "0.0.0.0:0", "--allow-path", folder.path());
     let port_file = folder.path().join("port-{rank}");
     let program = program.arg("--port-file").arg(&port_file).env("CKPT_RUNTIME_DIR", &run);
-    let mut server = program.env("CKPT_TOKEN", "a-secret-of-this-test").spawn();
+    let mut server = program.env("CKPT_TOKEN", TOKEN).spawn();
     server.stdout_line("rank 0 listens").await;
     let address = std::fs::read_to_string(folder.path().join("port-0")).unwrap();
     let address = address.trim().replace("0.0.0.0", "127.0.0.1");
@@ -310,7 +391,7 @@ async fn a_listener_that_others_reach_needs_a_token() {
     let head = "/v1/status HTTP/1.1\r\nauthorization: Bearer ";
     let reply = http_get(&address, &format!("{head}wrong\r\nx:")).await;
     assert_eq!(reply.status, 401);
-    let reply = http_get(&address, &format!("{head}a-secret-of-this-test\r\nx:")).await;
+    let reply = http_get(&address, &format!("{head}{TOKEN}\r\nx:")).await;
     assert_eq!((reply.status, &reply.json()["rank"]), (200, &json!(0)));
     server.signal(Signal::TERM);
     server.finish(LONG).await.expect_code(0);

@@ -34,7 +34,7 @@ use super::update::WorkerProtocol;
 use crate::{
     Context,
     exit::Exit,
-    job::{JobArgs, Rank},
+    job::{JobArgs, Rank, Reading},
     listen::{self, Listener},
 };
 
@@ -69,6 +69,9 @@ pub(crate) struct ServeArgs {
     /// What the workers speak: checkpoint-engine 0.4 and newer, older ones, or ours
     #[arg(long, value_enum, default_value_t = WorkerProtocol::Ce04)]
     worker_protocol: WorkerProtocol,
+    /// File with the secret of the job whose metas are posted here, if it is not this job's
+    #[arg(long, value_name = "FILE")]
+    sender_token_file: Option<PathBuf>,
     /// Time that requests under way get to end after SIGTERM
     #[arg(long, default_value_t = 10, value_name = "SECONDS")]
     grace: u32,
@@ -80,7 +83,9 @@ pub(crate) async fn run(args: ServeArgs, context: &Context) -> anyhow::Result<Ex
     // Before anything listens: a signal that comes early is not missed.
     let signals = Signals::new()?;
     let allowed = AllowedPaths::new(&args.allow_path)?;
-    let rank = Rank::start(&args.job, &context.registry).await?;
+    let secret = args.sender_token_file.as_deref().map(Token::from_file).transpose()?;
+    let reading = Reading { needed: secret.is_some(), secret };
+    let rank = Rank::start_reading(&args.job, &context.registry, reading).await?;
     serve(args, context, rank, allowed, signals).await.map(|()| Exit::Success.into())
 }
 
@@ -148,7 +153,8 @@ async fn serve(
     context.output.line(format!("rank {} listens on {address}", cluster.rank));
     tracing::info!(rank = cluster.rank, %address, "the parameter server takes requests");
     let grace = Duration::from_secs(args.grace.into());
-    let lost = answer_until_the_end(listener, app, job.session.clone(), signals, grace).await?;
+    let waits = (grace, abort_wait);
+    let lost = answer_until_the_end(listener, app, job.session.clone(), signals, waits).await?;
     end(job, actor, abort_wait).await;
     match lost {
         Some(cause) => Err(cause.into()),
@@ -156,18 +162,19 @@ async fn serve(
     }
 }
 
-/// Serves until a signal, or until the job is lost; then gives requests under way some time. The loss is the answer.
+/// Serves until a signal, or until the job is lost; then gives requests under way `grace` to end by themselves, and
+/// `abort` to end after they were told to. The loss is the answer.
 async fn answer_until_the_end(
     listener: Listener,
     app: Arc<App>,
     session: Session,
     mut signals: Signals,
-    grace: Duration,
+    (grace, abort): (Duration, Duration),
 ) -> Result<Option<Error>> {
     let lost = Arc::new(OnceLock::new());
     let (ending, mut ended) = tokio::sync::watch::channel(());
     let stop = {
-        let lost = lost.clone();
+        let (lost, session) = (lost.clone(), session.clone());
         async move {
             tokio::select! {
                 name = signals.next() => tracing::info!(signal = name, "ending"),
@@ -187,14 +194,22 @@ async fn answer_until_the_end(
         let _ = ended.changed().await;
         tokio::time::sleep(grace).await;
     };
+    let mut serving = std::pin::pin!(listener.serve(api::router(app), stop));
     tokio::select! {
-        served = listener.serve(api::router(app), stop) => served?,
-        () = overdue => tracing::warn!("requests under way are cut off"),
+        served = &mut serving => served?,
+        () = overdue => {
+            tracing::warn!("requests under way are ended");
+            // An update hears of it from its session, tells its worker, and fails: its client gets an answer.
+            session.close().await;
+            if tokio::time::timeout(abort, serving).await.is_err() {
+                tracing::warn!("requests under way are cut off");
+            }
+        }
     }
     Ok(lost.get().cloned())
 }
 
-/// Leaves the job. An update that is still under way hears it from its session, and tells its worker.
+/// Leaves the job.
 async fn end(job: Arc<Job>, actor: JoinHandle<()>, wait: Duration) {
     match Arc::try_unwrap(job) {
         Ok(job) => job.leave().await,
