@@ -2,6 +2,7 @@
 # checkpoint-engine and ckpt on the GPUs of this machine, in one run; one table at the end.
 #   scripts/gpu/compare.sh FOLDER [SHAPE]
 # FOLDER holds `ckpt` and `wheels/`, as scripts/gpu/package.sh makes it; SHAPE is qwen3-8b (default) or qwen:MIB for ours.
+# No run starts after BUDGET seconds (540).
 # Logs, JSON results and traces go to $OUT, or to a folder of its own. ONLY="ours_native_1 peer_1" runs just these.
 set -u
 folder=$(readlink -f "${1:?usage: compare.sh FOLDER [SHAPE]}")
@@ -19,6 +20,10 @@ export RUST_LOG=${RUST_LOG:-info}
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 [ "$gpus" -ge 1 ] || { echo "no GPU: nvidia-smi lists none"; exit 1; }
+if [ -z "${CKPT_NCCL_LIBRARY:-}" ]; then
+    CKPT_NCCL_LIBRARY=$(find / -xdev -name 'libnccl.so.2' 2>/dev/null | head -n 1)
+    [ -n "$CKPT_NCCL_LIBRARY" ] && export CKPT_NCCL_LIBRARY
+fi
 site=$(mktemp -d)
 python3 -m pip install -q --no-index --no-deps --target "$site" "$folder"/wheels/*.whl || exit 1
 export PYTHONPATH=$site
@@ -40,9 +45,12 @@ status=0
 run() { # name, then the command
     local name=$1
     shift
+    local left=$(( ${BUDGET:-540} - SECONDS ))
+    if [ $left -lt 20 ]; then echo "=== $name: left out, BUDGET is over"; return; fi
     if [ -n "${ONLY:-}" ] && [[ " $ONLY " != *" $name "* ]]; then return; fi
     echo "=== $name: $* ($(date +%T))"
-    timeout --kill-after=10 "${LIMIT:-150}" "$@" >"$out/$name.out" 2>"$out/$name.err"
+    local limit=${LIMIT:-150}
+    timeout --kill-after=10 $((left < limit ? left : limit)) "$@" >"$out/$name.out" 2>"$out/$name.err"
     local code=$?
     if [ $code -ne 0 ]; then
         status=1
@@ -62,18 +70,19 @@ ours() { # name, ranks, shape, worker, more
 }
 ce=(--ce-worker "python3 $here/ce_engine.py")
 
-run demo "$ckpt" demo --json --device cuda --ranks "$((gpus >= 2 ? 2 : 1))" --size-mib 1024
-for ranks in $( [ "$gpus" -ge 2 ] && echo 1 2 || echo 1 ); do
-    ours "ours_none_$ranks" "$ranks" "$shape" none
+most=$((gpus >= 2 ? 2 : 1))
+run demo "$ckpt" demo --json --device cuda --ranks "$most" --size-mib 1024
+for ranks in $(seq 1 "$most"); do
     ours "ours_native_$ranks" "$ranks" "$shape" native
     ours "ours_ce_$ranks" "$ranks" "$shape" ce "${ce[@]}"
     [ "$shape" = qwen3-8b ] && run "peer_$ranks" python3 "$here/peer_update.py" "$ranks" --iterations "$iterations"
+    ours "ours_none_$ranks" "$ranks" "$shape" none
 done
+ours kimi_native 1 kimi-small native
 ours tiny_native 1 tiny:20000 native
 ours tiny_ce 1 tiny:20000 ce "${ce[@]}"
 run tiny_peer python3 "$here/peer_update.py" 1 --shape tiny:20000 --iterations "$iterations"
-ours kimi_native 1 kimi-small native
-[ -n "${SKIP_SLOW:-}" ] || ours kimi_ce 1 kimi-small ce "${ce[@]}"
+ours kimi_ce 1 kimi-small ce "${ce[@]}"
 
 python3 "$here/table.py" "$out"
 exit $status

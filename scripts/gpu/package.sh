@@ -8,6 +8,8 @@ mkdir -p "$folder/wheels"
 cd "$(dirname "$0")/../.."
 cargo build --release -p ckpt-cli
 strip -o "$folder/ckpt" target/release/ckpt
+# The folder is enough by itself: bash FOLDER/compare.sh FOLDER
+cp scripts/gpu/compare.sh scripts/gpu/*.py "$folder/"
 if ! ls "$folder"/wheels/checkpoint_engine-*.whl >/dev/null 2>&1; then
     get() {
         pip download -q --only-binary=:all: --python-version "${PYTHON:-3.12}" --platform manylinux2014_x86_64 \
