@@ -11,6 +11,7 @@ mod cuda_worker;
 mod exit;
 mod failure;
 mod job;
+mod leave;
 mod listen;
 mod logging;
 mod output;
@@ -127,7 +128,9 @@ struct Cli {
 /// The whole program: what the `ckpt` binary does with the process's own arguments.
 pub fn main() -> ExitCode {
     failure::install_panic_hook();
-    run(std::env::args_os())
+    let code = run(std::env::args_os());
+    leave::skip_library_destructors();
+    code
 }
 
 /// Runs one command line, program name first, to its end.
