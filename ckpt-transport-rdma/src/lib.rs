@@ -1,26 +1,44 @@
 //! RDMA through verbs (`libibverbs`), and through UCX with the cargo feature `ucx`.
 //!
-//! This version looks for the libraries and the devices and says what it found; it moves no bytes through them.
-//! `probe` never says "available" for something that `open` cannot do.
+//! The transport `rdma` reads host memory of other processes over reliable-connected queue pairs, striped over queue
+//! pairs and NICs; the owner's code takes no part in moving bytes. A small TCP connection beside the queue pairs
+//! exchanges their numbers, proves the job's secret, and answers whether a region still lives. `docs/rdma.md` says how
+//! devices are chosen; `docs/unsafe.md` how the library is called without its headers.
+//!
+//! UCX is looked for and not driven; `probe` never says "available" for something that `open` cannot do.
 
 mod config;
-mod device;
+mod connection;
 mod error;
+mod lane;
 mod library;
+mod memory;
+mod nic;
+mod node;
+mod owner;
+mod pair;
+mod queue;
+mod reader;
+mod sys;
+mod transport;
 #[cfg(feature = "ucx")]
 mod ucx;
+mod verbs;
+mod wire;
 
 use std::sync::Arc;
 
 use ckpt_core::{
     Result,
-    transport::{Probe, Transport, TransportConfig, TransportProvider, library::unavailable},
+    topology::Choice,
+    transport::{Probe, Transport, TransportConfig, TransportProvider},
 };
 pub use config::RdmaConfig;
-pub use device::{Port, ports};
 pub use error::VerbsError;
 #[cfg(feature = "ucx")]
 pub use ucx::UcxProvider;
+
+use crate::{library::Api, node::Node, transport::RdmaTransport, verbs::Context};
 
 /// Finds verbs and HCAs.
 #[derive(Clone, Debug)]
@@ -34,18 +52,21 @@ impl RdmaProvider {
         Self { config }
     }
 
-    fn reason(&self) -> String {
-        let ports: Vec<String> = device::ports().iter().map(ToString::to_string).collect();
-        let devices = match ports.len() {
-            0 => "no RDMA device under /sys/class/infiniband".to_owned(),
-            _ => ports.join(", "),
-        };
-        match library::find_verbs(&self.config) {
-            Ok(found) => format!(
-                "found {} and {devices}, but this version of ckpt does not drive them; use --transport tcp",
-                found.path.display()
-            ),
-            Err(error) => format!("{devices}; {}", error.message()),
+    /// Opens the library and each device that would be used, and closes them again.
+    fn look(&self) -> Result<String> {
+        let api = Api::load(&self.config)?;
+        let Choice { ports, rule, .. } = self.config.choose(None).1?;
+        let mut usable = Vec::new();
+        let mut refused = None;
+        for port in &ports {
+            match Context::open(&api, &port.device) {
+                Ok(_) => usable.push(port.to_string()),
+                Err(error) => refused = Some(error),
+            }
+        }
+        match refused {
+            Some(error) if usable.is_empty() => Err(error),
+            _ => Ok(format!("{}, {} ({rule}); reads only", api.path, usable.join(", "))),
         }
     }
 }
@@ -56,11 +77,16 @@ impl TransportProvider for RdmaProvider {
     }
 
     fn probe(&self) -> Probe {
-        Probe::Unavailable(self.reason())
+        match self.look() {
+            Ok(found) => Probe::Available(found),
+            Err(error) => Probe::Unavailable(error.to_string()),
+        }
     }
 
-    fn open(&self, _config: &TransportConfig) -> Result<Arc<dyn Transport>> {
-        Err(unavailable("rdma", self.reason()))
+    /// Must be called in a tokio runtime, on which readers are then served.
+    fn open(&self, config: &TransportConfig) -> Result<Arc<dyn Transport>> {
+        let node = Node::start(&self.config, config)?;
+        Ok(Arc::new(RdmaTransport { node }))
     }
 }
 

@@ -336,7 +336,8 @@ mod tests {
         assert_ne!(all, fates(ChaosConfig { seed: 8, ..config }, 100_000));
         assert!(all[..3].iter().all(|fate| *fate == Fate::Pass));
         let share = |hit: fn(&Fate) -> bool| all.iter().filter(|fate| hit(fate)).count() as f64 / 1e5;
-        let close = |found: f64, expected: f64| assert!((found - expected).abs() < 0.01, "{found} {expected}");
+        let close =
+            |found: f64, expected: f64| assert!((found - expected).abs() < 0.01, "{found} {expected}");
         close(share(|f| *f == Fate::Drop), 0.1);
         close(share(|f| matches!(f, Fate::Delay(by) if *by <= Duration::from_millis(10))), 0.2);
         close(share(|f| matches!(f, Fate::Corrupt(_))), 0.05);

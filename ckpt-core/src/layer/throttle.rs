@@ -149,7 +149,11 @@ impl CommunicatorQueue for Queue {
             }
         };
         // After an abort this may be skipped as the group itself: the poison tells.
-        host.submit(HostJob { label: "throttle", on_abort: OnAbort::MaySucceed(Vec::new()), run: run.boxed() })?;
+        host.submit(HostJob {
+            label: "throttle",
+            on_abort: OnAbort::MaySucceed(Vec::new()),
+            run: run.boxed(),
+        })?;
         stream.record()
     }
 }

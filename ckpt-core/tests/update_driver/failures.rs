@@ -10,7 +10,7 @@ use ckpt_core::{
     Error, ErrorKind, Key, Result, Version,
     engine::{Engine, EngineRequest},
     server::{UpdateReport, UpdateRequest},
-    update::EngineCall,
+    update::{EngineCall, trace::Stage},
 };
 
 use crate::support::{At, Cluster, Expected, Fault, Kind, LONG, Setup, Worker, side_by_side, varied};
@@ -32,9 +32,15 @@ fn errors(reports: Vec<Result<UpdateReport>>) -> Vec<Error> {
     reports.into_iter().map(|r| r.map(|_| ()).unwrap_err()).collect()
 }
 
-/// Rings that exist, per rank.
-fn rings(cluster: &Cluster) -> Vec<usize> {
-    cluster.ranks.iter().map(|r| r.watch.live_rings.load(Ordering::SeqCst)).collect()
+/// Exactly so many rings are left on each rank, soon: a job on a stream may still drop what it was to write.
+async fn assert_rings(cluster: &mut Cluster, expected: [usize; 3]) {
+    let watches: Vec<_> = cluster.ranks.iter().map(|r| r.watch.clone()).collect();
+    let now = || watches.iter().map(|w| w.live_rings.load(Ordering::SeqCst)).collect::<Vec<_>>();
+    let until = Instant::now() + LONG;
+    while now() != expected {
+        assert!(Instant::now() < until, "{:?} instead of {expected:?}", now());
+        tokio::task::yield_now().await;
+    }
 }
 
 async fn a_worker_raises(kind: Kind, adversary: Option<u64>, at: At) {
@@ -60,7 +66,7 @@ async fn a_worker_raises(kind: Kind, adversary: Option<u64>, at: At) {
         }
     }
     // All workers have let go.
-    assert_eq!(rings(&cluster), [0; RANKS as usize], "{at:?}");
+    assert_rings(&mut cluster, [0; 3]).await;
     cluster.update_well("model", 2, &source).await;
 }
 
@@ -74,7 +80,8 @@ async fn a_worker_that_raises_fails_the_update_everywhere() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_raises_on_the_adversarial_device() {
     let stages = [At::Open, At::Bucket(3), At::Bucket(11), At::Finish];
-    let each = (0..).zip(stages).flat_map(|(seed, at)| KINDS.map(|kind| a_worker_raises(kind, Some(seed), at)));
+    let each =
+        (0..).zip(stages).flat_map(|(seed, at)| KINDS.map(|kind| a_worker_raises(kind, Some(seed), at)));
     side_by_side(each).await;
 }
 
@@ -101,9 +108,9 @@ async fn a_worker_hangs(at: At) {
     }
     // The worker that cannot be told may still read the ring: it is kept until an update of this rank went well.
     let kept = usize::from(at != At::Finish);
-    assert_eq!(rings(&cluster), [0, kept, 0], "{at:?}");
+    assert_rings(&mut cluster, [0, kept, 0]).await;
     cluster.update_well("model", 2, &source).await;
-    assert_eq!(rings(&cluster), [0, 0, 0], "{at:?}");
+    assert_rings(&mut cluster, [0, 0, 0]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -122,7 +129,7 @@ async fn a_ring_that_cannot_be_allocated_fails_the_update_everywhere() {
             assert_eq!(error.kind(), ErrorKind::ResourceExhausted, "{error}");
             assert_eq!(error.get(Key::Rank), Some("1"), "{error}");
         }
-        assert_eq!(rings(&cluster), [0; 3]);
+        assert_rings(&mut cluster, [0; 3]).await;
         cluster.update_well("model", 2, &source).await;
     }
 }
@@ -132,9 +139,12 @@ async fn who_does_not_call_is_named() {
     let mut setup = Setup::new(Kind::Tcp, None, RANKS);
     setup.deadlines.join = Duration::from_millis(800);
     let (mut cluster, workers, source) = prepared(setup).await;
-    let calls = cluster.ranks.iter_mut().zip(&workers).filter(|(_, w)| w.rank != 2).map(|(rank, worker)| {
-        rank.server.update(request(1, worker))
-    });
+    let calls = cluster
+        .ranks
+        .iter_mut()
+        .zip(&workers)
+        .filter(|(_, w)| w.rank != 2)
+        .map(|(rank, worker)| rank.server.update(request(1, worker)));
     for error in errors(futures_util::future::join_all(calls).await) {
         assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
         assert!(error.to_string().contains("rank 2") || error.get(Key::Rank) == Some("2"), "{error}");
@@ -146,9 +156,10 @@ async fn who_does_not_call_is_named() {
 async fn ranks_that_disagree_are_told_both_wishes_at_once() {
     let (mut cluster, workers, source) = prepared(Setup::new(Kind::Local, None, RANKS)).await;
     let started = Instant::now();
-    let calls = cluster.ranks.iter_mut().zip(&workers).map(|(rank, worker)| {
-        rank.server.update(request(if worker.rank == VICTIM { 8 } else { 7 }, worker))
-    });
+    let calls =
+        cluster.ranks.iter_mut().zip(&workers).map(|(rank, worker)| {
+            rank.server.update(request(if worker.rank == VICTIM { 8 } else { 7 }, worker))
+        });
     for error in errors(futures_util::future::join_all(calls).await) {
         assert_eq!(error.kind(), ErrorKind::ConfigInvalid, "{error}");
         assert!(error.message().contains("version") && error.message().contains('8'), "{error}");
@@ -167,31 +178,63 @@ fn request(version: u64, worker: &Worker) -> UpdateRequest {
     }
 }
 
-/// A caller that gives up (a timeout around the call, a cancelled task) is told to the others at once.
+/// A caller that gives up (a timeout around the call, a cancelled task) is told to the others at once: with the ring
+/// full by the group that breaks, else by its own word to the hub.
+async fn a_call_is_cancelled(kind: Kind, full: bool) {
+    let mut setup = Setup::new(kind, None, RANKS);
+    if !full {
+        setup.limits.ring_slack_bytes = 8 << 20;
+    }
+    let (mut cluster, mut workers, source) = prepared(setup).await;
+    workers[VICTIM as usize].fault = Fault::Hang(At::Bucket(5));
+    let mut hanging = workers[VICTIM as usize].state.hanging.subscribe();
+    let mut calls: Vec<_> =
+        cluster.ranks.iter_mut().zip(&workers).map(|(r, w)| r.server.update(request(1, w))).collect();
+    let cancelled = calls.remove(VICTIM as usize);
+    let cancel = async {
+        // Dropped with the update in the middle.
+        tokio::select! {
+            report = cancelled => panic!("it should hang: {report:?}"),
+            reached = hanging.wait_for(|n| *n > 0) => drop(reached.unwrap()),
+        }
+    };
+    let started = Instant::now();
+    let both = async { tokio::join!(futures_util::future::join_all(calls), cancel).0 };
+    for error in errors(tokio::time::timeout(LONG, both).await.expect("the others end")) {
+        assert_eq!(error.get(Key::Rank), Some("1"), "{error}");
+        assert!(full || error.message().contains("cancelled"), "{error}");
+    }
+    assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+    for rank in [0, 2] {
+        assert!(workers[rank].told().unwrap().contains("rank=1"), "{:?}", workers[rank].told());
+    }
+    cluster.update_well("model", 2, &source).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_update_that_is_cancelled_on_one_rank_ends_on_all() {
+    let each = KINDS.into_iter().flat_map(|kind| [true, false].map(|full| a_call_is_cancelled(kind, full)));
+    side_by_side(each).await;
+}
+
+/// Transports number the members of a group; the error must name the rank.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_of_a_part_is_named_by_its_rank() {
     for kind in KINDS {
         let (mut cluster, mut workers, source) = prepared(Setup::new(kind, None, RANKS)).await;
-        workers[VICTIM as usize].fault = Fault::Hang(At::Bucket(5));
-        let mut hanging = workers[VICTIM as usize].state.hanging.subscribe();
-        let mut calls: Vec<_> =
-            cluster.ranks.iter_mut().zip(&workers).map(|(r, w)| r.server.update(request(1, w))).collect();
-        let cancelled = calls.remove(VICTIM as usize);
+        workers[2].fault = Fault::Hang(At::Bucket(5));
+        let mut hanging = workers[2].state.hanging.subscribe();
+        let part = |worker: &Worker| UpdateRequest { ranks: vec![1, 2], ..request(1, worker) };
+        let [_, one, two] = &mut cluster.ranks[..] else { panic!("three ranks") };
+        let cancelled = two.server.update(part(&workers[2]));
         let cancel = async {
-            // Dropped with the update in the middle.
             tokio::select! {
                 report = cancelled => panic!("it should hang: {report:?}"),
                 reached = hanging.wait_for(|n| *n > 0) => drop(reached.unwrap()),
             }
         };
-        let started = Instant::now();
-        let both = async { tokio::join!(futures_util::future::join_all(calls), cancel).0 };
-        for error in errors(tokio::time::timeout(LONG, both).await.expect("the others end")) {
-            assert_eq!(error.get(Key::Rank), Some("1"), "{error}");
-            assert!(error.message().contains("cancelled"), "{error}");
-        }
-        assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
-        assert!(workers[0].told().unwrap().contains("cancelled"));
+        let error = tokio::join!(one.server.update(part(&workers[1])), cancel).0.unwrap_err();
+        assert_eq!(error.get(Key::Rank), Some("2"), "{error}");
         cluster.update_well("model", 2, &source).await;
     }
 }
@@ -229,7 +272,7 @@ async fn an_engine_that_fails_or_answers_early_ends_the_update_at_once() {
             assert!(error.message().contains(says), "{error}");
         }
         assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
-        assert_eq!(rings(&cluster), [0; 3]);
+        assert_rings(&mut cluster, [0; 3]).await;
         cluster.update_well("model", 2, &source).await;
     }
 }
@@ -248,4 +291,23 @@ async fn calls_that_cannot_be_right_are_refused_without_the_others() {
     let error = server.update(foreign).await.unwrap_err();
     assert_eq!((error.kind(), error.get(Key::Rank)), (ErrorKind::ConfigInvalid, Some("0")));
     cluster.update_well("model", 1, &source).await;
+}
+
+/// Several exchanges of a fast rank may wait for one slow worker, each longer than one bucket may take.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_worker_within_its_limit_is_nobodys_failure() {
+    let mut setup = Setup::new(Kind::Tcp, None, RANKS);
+    let limit = Duration::from_millis(700);
+    setup.deadlines.bucket = limit;
+    // Few buckets, each with the worker for 300 ms.
+    setup.limits.target_bucket_bytes = 24 << 10;
+    setup.limits.ring_slack_bytes = 84 << 10;
+    let (mut cluster, mut workers, _) = prepared(setup).await;
+    workers[VICTIM as usize].fault = Fault::Slow(Duration::from_millis(300));
+    let sinks = workers.iter().map(|w| Some(w.sink())).collect();
+    let reports = cluster.update("model", 1, sinks, None).await.into_iter().map(|r| r.unwrap());
+    let spans: Vec<_> = reports.flat_map(|r| r.spans).filter(|s| s.stage == Stage::Exchange).collect();
+    let longest = spans.iter().map(|s| s.end - s.start).max().unwrap();
+    assert!(longest > limit, "no exchange took longer than a bucket's limit: {longest:?}");
+    workers.iter().for_each(|w| w.assert_complete());
 }

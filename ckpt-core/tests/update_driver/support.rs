@@ -24,10 +24,10 @@ use ckpt_core::{
     },
     plan::PlanLimits,
     server::{ParameterServer, ServerConfig, UpdateReport, UpdateRequest},
-    sink::{BucketMessage, WeightSink},
+    sink::{Afterwards, BucketMessage, WeightSink},
     transport::{
-        Capability, Collective, CollectiveOp, Communicator, CommunicatorQueue, GroupSpec, OneSided, Transport,
-        TransportConfig, TransportProvider, local::LocalProvider, tcp::TcpProvider,
+        Capability, Collective, CollectiveOp, Communicator, CommunicatorQueue, GroupSpec, OneSided,
+        Transport, TransportConfig, TransportProvider, local::LocalProvider, tcp::TcpProvider,
     },
     types::TensorMeta,
     update::EngineCall,
@@ -57,11 +57,8 @@ pub struct Setup {
 impl Setup {
     pub fn new(kind: Kind, adversary: Option<u64>, world_size: u32) -> Self {
         // Many buckets, and a ring that holds a few of them.
-        let limits = PlanLimits {
-            target_bucket_bytes: 4 << 10,
-            ring_slack_bytes: 12 << 10,
-            ..PlanLimits::default()
-        };
+        let limits =
+            PlanLimits { target_bucket_bytes: 4 << 10, ring_slack_bytes: 12 << 10, ..PlanLimits::default() };
         // Silence is not what these tests are about, and the machine may be busy.
         let deadlines = Deadlines {
             heartbeat: Duration::from_millis(200),
@@ -91,7 +88,8 @@ impl Setup {
         for rank in 0..self.world_size {
             let address = hub.address().unwrap().into();
             let config =
-                SessionConfig::new(address, JOB, token.clone(), rank, self.world_size, self.deadlines).unwrap();
+                SessionConfig::new(address, JOB, token.clone(), rank, self.world_size, self.deadlines)
+                    .unwrap();
             let session = Session::connect(config).await.unwrap();
             let config = DeviceConfig { rank, local_rank: rank, runtime_dir: runtime_dir.clone() };
             let device = HostDevice::open(&config).unwrap().with_free_memory(64 << 20);
@@ -108,7 +106,8 @@ impl Setup {
                 connections: 2,
                 device: device.clone(),
             });
-            let transport = Arc::new(WatchedTransport { transport: transport.unwrap(), watch: watch.clone() });
+            let transport =
+                Arc::new(WatchedTransport { transport: transport.unwrap(), watch: watch.clone() });
             let server = ParameterServer::new(ServerConfig {
                 session,
                 device,
@@ -145,7 +144,12 @@ impl Cluster {
     }
 
     /// The same with given shares.
-    pub async fn register_shares(&mut self, name: &str, source: &CheckpointSource, shares: Vec<Range<usize>>) {
+    pub async fn register_shares(
+        &mut self,
+        name: &str,
+        source: &CheckpointSource,
+        shares: Vec<Range<usize>>,
+    ) {
         for (rank, share) in self.ranks.iter_mut().zip(shares) {
             let pool = Pool::new(rank.server.device().clone());
             let registered = load(source, share, &pool, &LoadOptions::new(name)).unwrap();
@@ -189,7 +193,12 @@ impl Cluster {
     }
 
     /// An update in which nothing goes wrong: every worker has every byte of `source`, exactly once.
-    pub async fn update_well(&mut self, name: &str, version: u64, source: &CheckpointSource) -> Vec<UpdateReport> {
+    pub async fn update_well(
+        &mut self,
+        name: &str,
+        version: u64,
+        source: &CheckpointSource,
+    ) -> Vec<UpdateReport> {
         let expected = Expected::of(source);
         let workers: Vec<Worker> = self.workers(&expected);
         let sinks = workers.iter().map(|w| Some(w.sink())).collect();
@@ -236,13 +245,15 @@ pub fn varied(salt: u8) -> CheckpointSource {
     let mut all: Vec<_> = ordinary.chain(odd).collect();
     // Odd ones between the ordinary ones.
     all.sort_by_key(|(name, _, shape)| (shape.iter().sum::<u64>() % 13, name.clone()));
-    let each = all.into_iter().map(|(name, dtype, shape)| named(TensorMeta::new(name, dtype, shape).unwrap(), salt));
+    let each =
+        all.into_iter().map(|(name, dtype, shape)| named(TensorMeta::new(name, dtype, shape).unwrap(), salt));
     CheckpointSource::from_tensors(each).unwrap()
 }
 
 fn named(meta: TensorMeta, salt: u8) -> NamedTensor {
     let seed = meta.name.bytes().fold(salt, |a, b| a.wrapping_mul(31).wrapping_add(b));
-    let bytes: Vec<u8> = (0..meta.len_bytes()).map(|i| (i as u8).wrapping_mul(7) ^ (i >> 8) as u8 ^ seed).collect();
+    let bytes: Vec<u8> =
+        (0..meta.len_bytes()).map(|i| (i as u8).wrapping_mul(7) ^ (i >> 8) as u8 ^ seed).collect();
     NamedTensor::from_slice(meta, &bytes).unwrap()
 }
 
@@ -386,7 +397,8 @@ impl Collective for WatchedTransport {
     }
     async fn join(&self, group: GroupSpec, deadline: Instant) -> Result<Communicator> {
         self.watch.joins.fetch_add(1, Ordering::SeqCst);
-        let Communicator { queue, abort } = self.transport.collective().unwrap().join(group, deadline).await?;
+        let Communicator { queue, abort } =
+            self.transport.collective().unwrap().join(group, deadline).await?;
         let queue = Box::new(WatchedQueue { queue, enqueued: self.watch.enqueued.clone() });
         Ok(Communicator { queue, abort })
     }
@@ -424,6 +436,8 @@ pub enum Fault {
     Hang(At),
     /// The same, and the worker cannot even be told of a failure.
     Gone(At),
+    /// Every bucket takes this long.
+    Slow(Duration),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -529,6 +543,10 @@ impl TestSink {
                 tokio::time::sleep_until(deadline.into()).await;
                 Err(Error::new(ErrorKind::Timeout, "wait for the worker", format!("no answer at {at:?}")))
             }
+            Fault::Slow(time) if matches!(at, At::Bucket(_)) => {
+                tokio::time::sleep(*time).await;
+                Ok(())
+            }
             _ => Ok(()),
         }
     }
@@ -557,11 +575,15 @@ impl WeightSink for TestSink {
             let wanted = self.target + u64::from(bucket.bucket);
             let ahead = enqueued.wait_for(|n| *n >= wanted);
             let waited = tokio::time::timeout_at(deadline.into(), ahead).await;
-            ensure(waited.is_ok(), || format!("bucket {}: later exchanges did not start meanwhile", bucket.bucket))?;
+            ensure(waited.is_ok(), || {
+                format!("bucket {}: later exchanges did not start meanwhile", bucket.bucket)
+            })?;
         }
         self.go_wrong(At::Bucket(bucket.bucket), deadline).await?;
         let number = self.state.buckets.fetch_add(1, Ordering::SeqCst);
-        ensure(number == u64::from(bucket.bucket), || format!("bucket {} came as number {number}", bucket.bucket))?;
+        ensure(number == u64::from(bucket.bucket), || {
+            format!("bucket {} came as number {number}", bucket.bucket)
+        })?;
         let ring = self.ring.clone().expect("the ring is open");
         for tensor in &bucket.tensors {
             let (meta, bytes) = &self.state.expected.0[&*tensor.meta.name];
@@ -592,20 +614,20 @@ impl WeightSink for TestSink {
         Ok(())
     }
 
-    async fn fail(&mut self, cause: &Error, deadline: Instant) -> Result<()> {
+    async fn fail(&mut self, cause: &Error, deadline: Instant) -> Result<Afterwards> {
         if matches!(self.fault, Fault::Gone(_)) {
             tokio::time::sleep_until(deadline.into()).await;
             return Err(Error::new(ErrorKind::Timeout, "tell the worker", "it does not listen"));
         }
         self.ring = None;
         *self.state.told.lock().unwrap() = Some(cause.to_string());
-        Ok(())
+        Ok(Afterwards::LetGo)
     }
 }
 
 /// Runs checks side by side, so that a matrix takes no longer than it must.
 pub async fn side_by_side(checks: impl IntoIterator<Item = impl Future<Output = ()> + Send + 'static>) {
-    let mut running: JoinSet<()> = checks.into_iter().collect();
+    let mut running: JoinSet<()> = checks.into_iter().map(Box::pin).collect();
     while let Some(ended) = running.join_next().await {
         if let Err(error) = ended {
             std::panic::resume_unwind(error.into_panic());

@@ -1,0 +1,232 @@
+//! One queue pair of a reader, and the batches whose pieces it carries.
+
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicU64, Ordering},
+};
+
+use ckpt_core::device::BufferSlice;
+use tokio::sync::Notify;
+
+use crate::{error::VerbsError, memory::MrSet, nic::Nic, queue::SendQueue, sys::Sge, verbs::Qp};
+
+/// Numbers of work requests: each lane has its own range.
+static LANES: AtomicU64 = AtomicU64::new(1);
+
+/// One work request. It owns the memory that the device writes.
+#[derive(Debug)]
+pub(crate) struct Piece {
+    pub(crate) batch: Arc<Batch>,
+    /// Which piece of the batch.
+    pub(crate) index: usize,
+    pub(crate) into: BufferSlice,
+    pub(crate) registered: Arc<MrSet>,
+    pub(crate) remote_address: u64,
+    pub(crate) remote_key: u32,
+}
+
+/// Why a piece did not arrive.
+#[derive(Clone, Debug)]
+pub(crate) struct Failure {
+    pub(crate) index: usize,
+    pub(crate) error: VerbsError,
+    /// The reader's device, the owner's, and the queue pair's number.
+    pub(crate) hca: String,
+    pub(crate) lane: usize,
+}
+
+/// Pieces that are waited for together.
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    state: Mutex<BatchState>,
+    done: Notify,
+}
+
+#[derive(Debug, Default)]
+struct BatchState {
+    left: usize,
+    failures: Vec<Failure>,
+}
+
+impl Batch {
+    pub(crate) fn new(pieces: usize) -> Arc<Self> {
+        let state = BatchState { left: pieces, failures: Vec::new() };
+        Arc::new(Self { state: Mutex::new(state), done: Notify::new() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BatchState> {
+        // Each change under this lock is whole even after a panic elsewhere.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn finish(&self, failure: Option<Failure>) {
+        let mut state = self.lock();
+        state.left -= 1;
+        state.failures.extend(failure);
+        if state.left == 0 {
+            drop(state);
+            self.done.notify_waiters();
+        }
+    }
+
+    /// Waits until no piece is on a device any more; answers those that failed.
+    pub(crate) async fn finished(&self) -> Vec<Failure> {
+        loop {
+            let mut notified = std::pin::pin!(self.done.notified());
+            notified.as_mut().enable();
+            {
+                let mut state = self.lock();
+                if state.left == 0 {
+                    return std::mem::take(&mut state.failures);
+                }
+            }
+            notified.await;
+        }
+    }
+}
+
+/// One queue pair.
+#[derive(Debug)]
+pub(crate) struct Lane {
+    /// Destroyed before the pieces behind it in `queue` are dropped.
+    qp: Qp,
+    pub(crate) nic: Arc<Nic>,
+    /// Which of the connection's lanes.
+    pub(crate) index: usize,
+    /// Which of the owner's NICs is on the other side.
+    pub(crate) remote_nic: usize,
+    queue: Mutex<SendQueue<Piece>>,
+}
+
+impl Lane {
+    pub(crate) fn new(qp: Qp, nic: Arc<Nic>, index: usize, remote_nic: usize, depth: u32) -> Arc<Self> {
+        let first = LANES.fetch_add(1, Ordering::Relaxed) << 40;
+        let lane = Arc::new(Self {
+            qp,
+            nic: nic.clone(),
+            index,
+            remote_nic,
+            queue: Mutex::new(SendQueue::new(depth as usize, first)),
+        });
+        nic.add_lane(lane.number(), &lane);
+        lane
+    }
+
+    pub(crate) fn number(&self) -> u32 {
+        self.qp.number()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, SendQueue<Piece>> {
+        // As for the batch.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn is_open(&self) -> bool {
+        !self.lock().is_closed()
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        self.lock().is_idle()
+    }
+
+    /// Posts `pieces`, or keeps them until slots are free.
+    pub(crate) fn submit(&self, pieces: Vec<Piece>) {
+        let mut queue = self.lock();
+        let refused: Vec<Piece> = pieces.into_iter().filter_map(|piece| queue.push(piece).err()).collect();
+        self.pump(&mut queue);
+        drop(queue);
+        self.settle(refused, Some(&FLUSHED));
+    }
+
+    fn pump(&self, queue: &mut SendQueue<Piece>) {
+        while let Some((piece, number, signalled)) = queue.start() {
+            let local = Sge {
+                addr: piece.into.address(),
+                length: piece.into.len_bytes() as u32,
+                lkey: piece.registered.local_key(self.nic.index),
+            };
+            let remote = (piece.remote_address, piece.remote_key);
+            // SAFETY: the piece owns memory and registration, and stays in `queue` until its completion was polled or
+            // the queue pair was destroyed; the caller of the transport lets nobody else use the destination.
+            let posted = unsafe { self.qp.post_read(number, local, remote, signalled) };
+            if let Err(error) = posted {
+                // The device has not taken it. Those before it may be unsignalled: the error state flushes them.
+                let failed = queue.fail(number);
+                self.settle(failed.done, None);
+                self.settle(failed.culprit, Some(&error));
+                let waiting = queue.close();
+                self.settle(waiting, Some(&FLUSHED));
+                self.end_queue_pair();
+                return;
+            }
+        }
+    }
+
+    /// A completion of this lane.
+    pub(crate) fn completed(&self, number: u64, outcome: Result<(), VerbsError>) {
+        let mut queue = self.lock();
+        match outcome {
+            Ok(()) => {
+                let done = queue.complete(number);
+                self.settle(done, None);
+                self.pump(&mut queue);
+            }
+            Err(error) => {
+                let failed = queue.fail(number);
+                let waiting = queue.close();
+                self.settle(failed.done, None);
+                self.settle(failed.culprit, Some(&error));
+                self.settle(waiting, Some(&FLUSHED));
+            }
+        }
+    }
+
+    /// Ends the lane: what is in flight fails with a flush error.
+    pub(crate) fn close(&self) {
+        let waiting = self.lock().close();
+        self.settle(waiting, Some(&FLUSHED));
+        self.end_queue_pair();
+        self.nic.wake();
+    }
+
+    fn end_queue_pair(&self) {
+        if let Err(error) = self.qp.to_error() {
+            tracing::debug!(%error, hca = self.nic.name(), "a queue pair cannot be ended");
+        }
+    }
+
+    fn settle(&self, pieces: impl IntoIterator<Item = Piece>, error: Option<&VerbsError>) {
+        for piece in pieces {
+            let failure = error.map(|error| Failure {
+                index: piece.index,
+                error: error.clone(),
+                hca: self.nic.name().to_owned(),
+                lane: self.index,
+            });
+            let Piece { batch, into, registered, .. } = piece;
+            // The memory is free before anybody is told.
+            drop((into, registered));
+            batch.finish(failure);
+        }
+    }
+}
+
+/// What happens to requests behind one that failed.
+pub(crate) const FLUSHED: VerbsError = VerbsError::Completion { status: 5, vendor: 0 };
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        // The NIC holds lanes with requests in flight, so there are some only if it gave up on its device. Their memory
+        // must outlive the queue pair, which is destroyed after this: it is never freed.
+        let abandoned = self.lock().abandon();
+        if !abandoned.is_empty() {
+            tracing::error!(hca = self.nic.name(), "{} reads never completed; their memory is kept", abandoned.len());
+        }
+        for piece in abandoned {
+            let Piece { batch, into, registered, index, .. } = piece;
+            std::mem::forget((into, registered));
+            let hca = self.nic.name().to_owned();
+            batch.finish(Some(Failure { index, error: FLUSHED, hca, lane: self.index }));
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! The transport `rdma`: the one-sided facet over verbs.
+
+use std::{
+    any::Any,
+    collections::HashMap,
+    fmt,
+    net::SocketAddr,
+    sync::{Arc, OnceLock},
+    time::Instant,
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use ckpt_core::{
+    Error, ErrorKind, Key, Result,
+    device::{Buffer, Event, EventState},
+    transport::{Capability, Collective, OneSided, ReadOp, Registration, RemoteRegion, Transport},
+};
+use tokio::sync::Notify;
+
+use crate::{
+    memory::{Registered, register},
+    node::{Node, Peer},
+    reader,
+    wire::{Descriptor, decode, encode},
+};
+
+const OPERATION: &str = "read remote memory";
+
+pub(crate) struct RdmaTransport {
+    pub(crate) node: Arc<Node>,
+}
+
+impl fmt::Debug for RdmaTransport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let nics: Vec<&str> = self.node.nics.iter().map(|nic| nic.name()).collect();
+        f.debug_struct("RdmaTransport").field("listens", &self.node.listens).field("nics", &nics).finish()
+    }
+}
+
+impl Drop for RdmaTransport {
+    fn drop(&mut self) {
+        self.node.close();
+    }
+}
+
+impl Transport for RdmaTransport {
+    fn name(&self) -> &'static str {
+        "rdma"
+    }
+
+    fn capability(&self) -> Capability {
+        Capability {
+            collective: false,
+            one_sided: true,
+            across_processes: true,
+            across_hosts: !self.node.listens.ip().is_loopback(),
+            devices: &["host"],
+        }
+    }
+
+    fn collective(&self) -> Option<&dyn Collective> {
+        None
+    }
+
+    fn one_sided(&self) -> Option<&dyn OneSided> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl OneSided for RdmaTransport {
+    async fn register(&self, buffer: Arc<dyn Buffer>) -> Result<Arc<dyn Registration>> {
+        let node = &self.node;
+        let keys = register(&node.nics, &buffer, true).await?;
+        let descriptor = Descriptor {
+            version: 1,
+            id: node.id,
+            secret: node.secret,
+            nics: node.nics.iter().map(|nic| nic.address.clone()).collect(),
+            keys: keys.remote_keys(),
+        };
+        let region = RemoteRegion {
+            peer: node.listens.to_string(),
+            address: buffer.address(),
+            len_bytes: buffer.len_bytes(),
+            generation: node.regions.add(buffer.address(), buffer.len_bytes()),
+            descriptor: Bytes::from(encode(&descriptor)?),
+        };
+        let regions = node.regions.clone();
+        Ok(Arc::new(Registered { region, keys: Some(keys), _buffer: buffer, regions }))
+    }
+
+    fn post_read(&self, batch: Vec<ReadOp>, deadline: Instant) -> Result<Event> {
+        let runtime = tokio::runtime::Handle::try_current().map_err(|e| {
+            Error::new(ErrorKind::Internal, OPERATION, "must be called in a tokio runtime").caused_by(e)
+        })?;
+        let mut owners: HashMap<Peer, Vec<(ReadOp, Descriptor)>> = HashMap::new();
+        for op in batch {
+            check(&op)?;
+            let (address, descriptor) = owner_of(&op.region)?;
+            owners.entry((address, descriptor.id)).or_default().push((op, descriptor));
+        }
+        let state = Arc::new(Completion::default());
+        let ended = Ended(state.clone());
+        let node = self.node.clone();
+        runtime.spawn(async move {
+            let reads = owners.into_iter().map(|(peer, ops)| {
+                let node = node.clone();
+                tokio::spawn(async move { reader::read(&node, peer, ops, deadline).await })
+            });
+            let mut outcome = Ok(());
+            // All are waited for, also after a failure: then no device touches the batch's memory any more.
+            for read in reads.collect::<Vec<_>>() {
+                let read = read.await.unwrap_or_else(|e| {
+                    Err(Error::new(ErrorKind::Internal, OPERATION, "a task ended").caused_by(e))
+                });
+                outcome = outcome.and(read);
+            }
+            ended.0.complete(outcome);
+        });
+        Ok(Event::new(ReadEvent(state)))
+    }
+}
+
+/// A read must lie in its region and land in host memory.
+fn check(op: &ReadOp) -> Result<()> {
+    op.into.host_ptr()?;
+    let (len, region) = (op.into.len_bytes(), op.region.len_bytes);
+    let inside = op.offset.checked_add(len).is_some_and(|end| end <= region);
+    let addressable = op.region.address.checked_add(region).is_some();
+    if inside && addressable {
+        return Ok(());
+    }
+    let what = format!("{len} bytes at {} are outside the region's {region}", op.offset);
+    Err(Error::new(ErrorKind::ConfigInvalid, OPERATION, what))
+}
+
+fn owner_of(region: &RemoteRegion) -> Result<(SocketAddr, Descriptor)> {
+    let error = || {
+        let what = "the region was not described by the transport `rdma`";
+        Error::new(ErrorKind::ConfigInvalid, OPERATION, what).with(Key::Peer, &region.peer)
+    };
+    let address = region.peer.parse().map_err(|e: std::net::AddrParseError| error().caused_by(e))?;
+    let descriptor: Descriptor = decode(&region.descriptor).map_err(|e| error().caused_by(e))?;
+    let keys = if region.len_bytes == 0 { 0 } else { descriptor.nics.len() };
+    if descriptor.version != 1 || descriptor.keys.len() != keys {
+        return Err(error());
+    }
+    Ok((address, descriptor))
+}
+
+/// Set once, when a batch has ended.
+#[derive(Debug, Default)]
+struct Completion {
+    outcome: OnceLock<Result<()>>,
+    notify: Notify,
+}
+
+impl Completion {
+    fn complete(&self, outcome: Result<()>) {
+        // A second call is the guard after a finished batch.
+        let _ = self.outcome.set(outcome);
+        self.notify.notify_waiters();
+    }
+}
+
+/// Completes an event also when its task is dropped with the runtime. The work requests own their memory, so that the
+/// event's failure does not free it.
+struct Ended(Arc<Completion>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.complete(Err(Error::new(ErrorKind::Aborted, OPERATION, "the runtime of this read has ended")));
+    }
+}
+
+#[derive(Debug)]
+struct ReadEvent(Arc<Completion>);
+
+#[async_trait]
+impl EventState for ReadEvent {
+    fn is_complete(&self) -> Result<bool> {
+        self.0.outcome.get().map_or(Ok(false), |outcome| outcome.clone().map(|()| true))
+    }
+
+    async fn done(&self, deadline: Instant) -> Result<()> {
+        let wait = async {
+            loop {
+                let mut notified = std::pin::pin!(self.0.notify.notified());
+                notified.as_mut().enable();
+                if let Some(outcome) = self.0.outcome.get() {
+                    return outcome.clone();
+                }
+                notified.await;
+            }
+        };
+        tokio::time::timeout_at(deadline.into(), wait).await.unwrap_or_else(|_| {
+            // A completion that raced with the deadline counts.
+            self.0.outcome.get().cloned().unwrap_or_else(|| {
+                Err(Error::new(ErrorKind::Timeout, "wait for a read", "it did not end by its deadline"))
+            })
+        })
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
