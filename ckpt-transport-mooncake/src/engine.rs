@@ -177,7 +177,7 @@ impl Batch {
                 *task = Task::Ended;
             }
         }
-        if self.memory.is_some() && self.tasks.iter().any(|task| *task == Task::Running) {
+        if self.memory.is_some() && self.tasks.contains(&Task::Running) {
             return None;
         }
         if self.memory.is_some() {

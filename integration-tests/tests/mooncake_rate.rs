@@ -7,6 +7,7 @@ use std::{sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use ckpt_core::{
+    device::host::HostBuffer,
     metas::Metas,
     transport::{ReadOp, RemoteRegion},
 };
@@ -69,4 +70,20 @@ async fn rates() {
         );
         assert!(other / own > 0.5, "far behind the Python API");
     }
+    // What the owner's ledger costs, between two engines of ours.
+    let owner = Node::new();
+    let memory = HostBuffer::from_bytes(&vec![1; MIB as usize]).unwrap();
+    let registered = owner.one_sided().register(memory).await.unwrap();
+    let checked = Arc::new(registered.region().clone());
+    let bare = Arc::new(RemoteRegion { generation: 0, descriptor: Bytes::new(), ..(*checked).clone() });
+    let (mut with, mut without) = (Vec::new(), Vec::new());
+    for _ in 0..60 {
+        for (region, times) in [(&checked, &mut with), (&bare, &mut without)] {
+            let begun = Instant::now();
+            node.read(region, &into.slice(0..MIB).unwrap(), soon()).await.unwrap();
+            times.push(begun.elapsed().as_secs_f64());
+        }
+    }
+    let (with, without) = (median(with) * 1e6, median(without) * 1e6);
+    println!("LEDGER 1 MiB: {with:.0} us with the check, {without:.0} us without");
 }

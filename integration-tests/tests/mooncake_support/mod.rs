@@ -57,7 +57,7 @@ pub fn command(part: &str, stubs: &Path) -> Command {
         .env("CKPT_MOONCAKE_LIBRARY", library)
         .env("LD_LIBRARY_PATH", stubs)
         .env("MC_FORCE_TCP", "1")
-        .env("GLOG_minloglevel", "2")
+        .env("MC_LOG_LEVEL", "ERROR")
         .stdin(Stdio::piped());
     command
 }
