@@ -54,7 +54,8 @@ impl Node {
     /// Opens the chosen NICs and listens. Must be called in a tokio runtime.
     pub(crate) fn start(config: &RdmaConfig, transport: &TransportConfig) -> Result<Arc<Self>> {
         let failed = |kind, message: &str| {
-            Error::new(kind, "open the transport rdma", message.to_owned()).with(Key::Endpoint, transport.bind)
+            Error::new(kind, "open the transport rdma", message.to_owned())
+                .with(Key::Endpoint, transport.bind)
         };
         if tokio::runtime::Handle::try_current().is_err() {
             return Err(failed(ErrorKind::Internal, "must be called in a tokio runtime"));
