@@ -81,7 +81,12 @@ impl Device {
 }
 
 impl Engine {
-    pub(super) fn new(devices: Vec<Device>, dump: Option<PathBuf>, timeout: Duration, faults: Faults) -> Self {
+    pub(super) fn new(
+        devices: Vec<Device>,
+        dump: Option<PathBuf>,
+        timeout: Duration,
+        faults: Faults,
+    ) -> Self {
         Self {
             devices,
             dump,

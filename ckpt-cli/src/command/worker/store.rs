@@ -2,11 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use ckpt_core::{
-    Result,
-    types::TensorMeta,
-    worker::TensorView,
-};
+use ckpt_core::{Result, types::TensorMeta, worker::TensorView};
 
 use super::device::WeightMemory;
 

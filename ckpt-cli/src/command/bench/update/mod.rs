@@ -97,13 +97,12 @@ pub(crate) async fn run(args: BenchUpdateArgs, context: &Context) -> anyhow::Res
     let scratch =
         tempfile::Builder::new().prefix("ckpt-bench-").tempdir().context("make a folder for the run")?;
     let limit = Duration::from_secs(args.timeout);
-    let report =
-        tokio::time::timeout(limit, measure(&args, scratch.path(), Instant::now() + limit)).await.map_err(
-            |_| {
-                let message = format!("not over after {} s; allow more with --timeout", args.timeout);
-                Error::new(ErrorKind::Timeout, OPERATION, message)
-            },
-        )??;
+    let report = tokio::time::timeout(limit, measure(&args, scratch.path(), Instant::now() + limit))
+        .await
+        .map_err(|_| {
+        let message = format!("not over after {} s; allow more with --timeout", args.timeout);
+        Error::new(ErrorKind::Timeout, OPERATION, message)
+    })??;
     report.print(&context.output);
     context.output.object(&report)?;
     Ok(ExitCode::SUCCESS)

@@ -148,10 +148,7 @@ async fn measure(args: &RankArgs, context: &Context, rank: &mut Rank) -> anyhow:
 }
 
 /// Copies this rank's share to the device, in chunks into one buffer; seconds and bytes.
-async fn plain_copy(
-    device: &dyn DeviceBackend,
-    share: &RegisteredCheckpoint,
-) -> anyhow::Result<(f64, u64)> {
+async fn plain_copy(device: &dyn DeviceBackend, share: &RegisteredCheckpoint) -> anyhow::Result<(f64, u64)> {
     let stream = device.stream("limit")?;
     let ring = device.allocate_ring(LIMIT_CHUNK)?;
     let started = Instant::now();

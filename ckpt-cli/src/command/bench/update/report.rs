@@ -240,9 +240,13 @@ mod tests {
 
     #[test]
     fn each_part_is_that_of_the_slowest_rank() {
-        let rank = |a, b| RankReport { updates: vec![measured(a, b), measured(b, a)], ..RankReport::default() };
+        let rank =
+            |a, b| RankReport { updates: vec![measured(a, b), measured(b, a)], ..RankReport::default() };
         let all = slowest(&[rank(1.0, 5.0), rank(2.0, 4.0)], |rank| &rank.updates);
-        assert_eq!(all.iter().map(|t| (t.total_s, t.release_s)).collect::<Vec<_>>(), [(2.0, 5.0), (5.0, 2.0)]);
+        assert_eq!(
+            all.iter().map(|t| (t.total_s, t.release_s)).collect::<Vec<_>>(),
+            [(2.0, 5.0), (5.0, 2.0)]
+        );
     }
 
     #[test]
