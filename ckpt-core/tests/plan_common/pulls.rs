@@ -130,13 +130,16 @@ impl Network {
     }
 }
 
+/// Bytes by owner.
+type Bytes = BTreeMap<Rank, u64>;
+
 /// Seconds from the first pull to the last.
 pub fn pull_seconds(plan: &UpdatePlan, links: &Links) -> f64 {
     let mut network = Network::new(links);
     let (mut issued, mut acked) = (0, 0);
     let mut missing = vec![0_usize; plan.buckets.len()];
     // Buckets that each receiver has to pull, with its batches; and how many of those under way are left of each bucket.
-    let mut waiting: BTreeMap<Rank, VecDeque<(usize, BTreeMap<Rank, u64>)>> = BTreeMap::new();
+    let mut waiting: BTreeMap<Rank, VecDeque<(usize, Bytes)>> = BTreeMap::new();
     let mut under_way: BTreeMap<Rank, BTreeMap<usize, usize>> = BTreeMap::new();
     loop {
         while acked < issued && missing[acked] == 0 {
@@ -146,7 +149,7 @@ pub fn pull_seconds(plan: &UpdatePlan, links: &Links) -> f64 {
             if bucket.waits_for.is_some_and(|w| w as usize >= acked) {
                 break;
             }
-            let mut batches: BTreeMap<Rank, BTreeMap<Rank, u64>> = BTreeMap::new();
+            let mut batches: BTreeMap<Rank, Bytes> = BTreeMap::new();
             for s in bucket.segments.iter().filter(|s| s.len_bytes > 0) {
                 *batches.entry(s.root).or_default().entry(s.owner).or_default() += s.len_bytes;
             }
