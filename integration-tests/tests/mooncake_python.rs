@@ -218,8 +218,8 @@ async fn python() {
     let bytes = pattern(7, SMALL);
     let memory = HostBuffer::from_bytes(&bytes).unwrap();
     let registered = node.one_sided().register(memory.clone()).await.unwrap();
-    let meta = TensorMeta::new("w", ckpt_core::DType::U8, &[SMALL]).unwrap();
-    let arena = Arena { len_bytes: SMALL, tensors: vec![Tensor { meta, offset: 0 }], ..Arena::default() };
+    let meta = TensorMeta::new("w", ckpt_core::DType::U8, [SMALL].as_slice()).unwrap();
+    let arena = Arena { len_bytes: SMALL, tensors: vec![Tensor { meta, offset: 0 }] };
     let placement = Placement {
         p2p_store_addr: Some(registered.region().peer.clone()),
         arena_addresses: vec![memory.address()],
