@@ -85,6 +85,11 @@ pub(crate) struct Rank {
 
 impl Rank {
     /// Joins the job that the environment describes and opens what the options name.
+    pub(crate) async fn start(args: &JobArgs, registry: &Registry) -> anyhow::Result<Self> {
+        Self::start_reading(args, registry, Reading::default()).await
+    }
+
+    /// The same for a rank that is to read other ranks' memory.
     pub(crate) async fn start_reading(
         args: &JobArgs,
         registry: &Registry,

@@ -69,7 +69,8 @@ impl Connection {
         }
         let lanes = finish(node, drafts, answers).await?;
         let (reader, writer) = stream.into_split();
-        let (waiting, lost): (Waiting, _) = (Arc::new(Mutex::new(Some(HashMap::new()))), CancellationToken::new());
+        let (waiting, lost): (Waiting, _) =
+            (Arc::new(Mutex::new(Some(HashMap::new()))), CancellationToken::new());
         let listening = tokio::spawn(listen(reader, waiting.clone(), lost.clone())).abort_handle();
         let connection = Self {
             lanes,
@@ -91,7 +92,9 @@ impl Connection {
 
     /// Asks the owner whether `claims` hold.
     pub(crate) async fn check(&self, claims: &[Claim]) -> Result<()> {
-        let lost = || Error::new(ErrorKind::PeerLost, "talk to a peer", "the owner has ended or closed its transport");
+        let lost = || {
+            Error::new(ErrorKind::PeerLost, "talk to a peer", "the owner has ended or closed its transport")
+        };
         let number = self.number.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = oneshot::channel();
         {
@@ -225,11 +228,7 @@ async fn draft(node: &Arc<Node>, peer: Peer, descriptor: &Descriptor) -> Result<
 }
 
 /// Connects this side to the owner's queue pairs. Those that fail are left out if others work.
-async fn finish(
-    node: &Arc<Node>,
-    drafts: Vec<Draft>,
-    answers: Vec<Result<End>>,
-) -> Result<Vec<Arc<Lane>>> {
+async fn finish(node: &Arc<Node>, drafts: Vec<Draft>, answers: Vec<Result<End>>) -> Result<Vec<Arc<Lane>>> {
     let node = node.clone();
     blocking(move || {
         let (mut lanes, mut failed) = (Vec::new(), Vec::<((usize, usize), Error)>::new());

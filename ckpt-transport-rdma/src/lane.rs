@@ -220,7 +220,11 @@ impl Drop for Lane {
         // must outlive the queue pair, which is destroyed after this: it is never freed.
         let abandoned = self.lock().abandon();
         if !abandoned.is_empty() {
-            tracing::error!(hca = self.nic.name(), "{} reads never completed; their memory is kept", abandoned.len());
+            tracing::error!(
+                hca = self.nic.name(),
+                "{} reads never completed; their memory is kept",
+                abandoned.len()
+            );
         }
         for piece in abandoned {
             let Piece { batch, into, registered, index, .. } = piece;

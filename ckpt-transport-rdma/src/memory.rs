@@ -150,7 +150,8 @@ impl Regions {
                     return error(ErrorKind::Aborted, what);
                 }
                 Some((address, _)) if *address != claim.address => {
-                    let what = format!("region {generation} of the owner is other memory; get its metas again");
+                    let what =
+                        format!("region {generation} of the owner is other memory; get its metas again");
                     return error(ErrorKind::ConfigInvalid, what);
                 }
                 Some((_, len)) if claim.end > *len => {

@@ -159,6 +159,10 @@ impl Nic {
 
     /// Completions of the queue pair `number` go to `lane` until it is closed and idle.
     pub(crate) fn add_lane(&self, number: u32, lane: &Arc<Lane>) {
+        if self.stopping.load(Ordering::Acquire) {
+            // The thread may have ended: nobody would poll for it.
+            return lane.close();
+        }
         let before = self.lock().insert(number, lane.clone());
         drop(before);
     }

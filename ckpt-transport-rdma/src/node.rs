@@ -54,7 +54,8 @@ impl Node {
     /// Opens the chosen NICs and listens. Must be called in a tokio runtime.
     pub(crate) fn start(config: &RdmaConfig, transport: &TransportConfig) -> Result<Arc<Self>> {
         let failed = |kind, message: &str| {
-            Error::new(kind, "open the transport rdma", message.to_owned()).with(Key::Endpoint, transport.bind)
+            Error::new(kind, "open the transport rdma", message.to_owned())
+                .with(Key::Endpoint, transport.bind)
         };
         if tokio::runtime::Handle::try_current().is_err() {
             return Err(failed(ErrorKind::Internal, "must be called in a tokio runtime"));
@@ -147,11 +148,25 @@ impl Node {
     }
 }
 
-/// Unpins memory whose buffers are gone, also when nothing is read any more.
+/// Unpins memory whose buffers are gone and forgets connections that have ended, also when nothing is read any more.
 async fn prune(node: Arc<Node>) {
     loop {
         tokio::time::sleep(PRUNE).await;
         node.local.prune();
+        let mut ended = Vec::new();
+        node.lock().connections.retain(|_, slot| match slot.try_lock() {
+            Ok(mut slot) => {
+                let keep = slot.as_ref().is_some_and(|connection| connection.is_usable());
+                if !keep {
+                    ended.push(slot.take());
+                }
+                keep
+            }
+            // Being made.
+            Err(_) => true,
+        });
+        // Queue pairs end without the lock.
+        drop(ended);
     }
 }
 

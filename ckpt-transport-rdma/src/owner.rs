@@ -30,7 +30,9 @@ pub(crate) fn tune(stream: &TcpStream) -> std::io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_user_timeout(Some(SILENCE))?;
     let interval = Duration::from_secs(1);
-    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(SILENCE / 2).with_interval(interval).with_retries(5))
+    socket.set_tcp_keepalive(
+        &TcpKeepalive::new().with_time(SILENCE / 2).with_interval(interval).with_retries(5),
+    )
 }
 
 /// Takes readers until the node stops.

@@ -29,7 +29,14 @@ impl<T> SendQueue<T> {
     /// At most `depth` requests fly. `first` is the first request's number: no two queues of a process share numbers,
     /// so that a completion of an earlier queue pair is never taken for one of this.
     pub(crate) fn new(depth: usize, first: u64) -> Self {
-        Self { depth, waiting: VecDeque::new(), flying: VecDeque::new(), next: first, unsignalled: 0, closed: false }
+        Self {
+            depth,
+            waiting: VecDeque::new(),
+            flying: VecDeque::new(),
+            next: first,
+            unsignalled: 0,
+            closed: false,
+        }
     }
 
     /// Puts a request behind the others; gives it back if the queue is closed.
@@ -158,7 +165,10 @@ mod tests {
                 let number = on_device.drain(..=last).next_back().map(|(number, _)| number);
                 back.extend(queue.complete(number.unwrap()));
             }
-            assert!(on_device.is_empty() || on_device.iter().any(|(_, signalled)| *signalled), "nobody will tell");
+            assert!(
+                on_device.is_empty() || on_device.iter().any(|(_, signalled)| *signalled),
+                "nobody will tell"
+            );
         }
         (back, most)
     }

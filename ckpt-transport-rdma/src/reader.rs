@@ -6,11 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ckpt_core::{
-    Error, ErrorKind, Key, Result,
-    device::BufferSlice,
-    transport::ReadOp,
-};
+use ckpt_core::{Error, ErrorKind, Key, Result, device::BufferSlice, transport::ReadOp};
 
 use crate::{
     connection::Connection,
@@ -55,7 +51,10 @@ pub(crate) async fn read(
         let current = current.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((connection, _)) = &*current {
             let names = connection.lanes.iter().map(|lane| lane.nic.name());
-            error = error.with(Key::Hca, names.collect::<std::collections::BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(","));
+            error = error.with(
+                Key::Hca,
+                names.collect::<std::collections::BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(","),
+            );
         }
         Err(error)
     });
@@ -122,7 +121,8 @@ async fn attempts(
                 describe(failure, connection.lanes.get(failure.lane).map(|lane| &**lane), descriptor)
             });
         }
-        let failed: Vec<Part> = failures.iter().filter_map(|failure| parts.get(failure.index).cloned()).collect();
+        let failed: Vec<Part> =
+            failures.iter().filter_map(|failure| parts.get(failure.index).cloned()).collect();
         parts = failed;
     }
     Err(last.unwrap_or_else(|| Error::new(ErrorKind::PeerLost, OPERATION, "every lane to the owner failed")))
@@ -174,7 +174,8 @@ async fn post(connection: &Arc<Connection>, parts: &[Part], current: &Current) -
         return (0..parts.len()).map(failed).collect();
     }
     let batch = Batch::new(parts.len());
-    let mut shares: Vec<(&Arc<Lane>, Vec<Piece>)> = lanes.into_iter().map(|lane| (lane, Vec::new())).collect();
+    let mut shares: Vec<(&Arc<Lane>, Vec<Piece>)> =
+        lanes.into_iter().map(|lane| (lane, Vec::new())).collect();
     let count = shares.len();
     for (index, part) in parts.iter().enumerate() {
         let (lane, pieces) = &mut shares[index % count];

@@ -300,8 +300,7 @@ pub(crate) struct Symbols {
     pub(crate) create_cq:
         unsafe extern "C" fn(*mut Context, c_int, *mut c_void, *mut CompChannel, c_int) -> *mut Cq,
     pub(crate) destroy_cq: unsafe extern "C" fn(*mut Cq) -> c_int,
-    pub(crate) get_cq_event:
-        unsafe extern "C" fn(*mut CompChannel, *mut *mut Cq, *mut *mut c_void) -> c_int,
+    pub(crate) get_cq_event: unsafe extern "C" fn(*mut CompChannel, *mut *mut Cq, *mut *mut c_void) -> c_int,
     pub(crate) ack_cq_events: unsafe extern "C" fn(*mut Cq, c_uint),
     pub(crate) create_qp: unsafe extern "C" fn(*mut Pd, *mut QpInitAttr) -> *mut Qp,
     pub(crate) modify_qp: unsafe extern "C" fn(*mut Qp, *mut QpAttr, c_int) -> c_int,

@@ -217,9 +217,8 @@ impl Cq {
         let channel = unsafe { (symbols.create_comp_channel)(context.raw.as_ptr()) };
         let channel = NonNull::new(channel).ok_or_else(|| errno("ibv_create_comp_channel"))?;
         // SAFETY: context and channel live; the completion vector 0 always exists.
-        let raw = unsafe {
-            (symbols.create_cq)(context.raw.as_ptr(), entries, null_mut(), channel.as_ptr(), 0)
-        };
+        let raw =
+            unsafe { (symbols.create_cq)(context.raw.as_ptr(), entries, null_mut(), channel.as_ptr(), 0) };
         let Some(raw) = NonNull::new(raw) else {
             let error = errno("ibv_create_cq");
             // SAFETY: nothing uses the channel.
@@ -312,7 +311,13 @@ unsafe impl Sync for Qp {}
 
 impl Qp {
     pub(crate) fn new(pd: &Arc<Pd>, cq: &Arc<Cq>, depth: u32) -> Result<Self> {
-        let cap = sys::QpCap { max_send_wr: depth, max_recv_wr: 1, max_send_sge: 1, max_recv_sge: 1, max_inline_data: 0 };
+        let cap = sys::QpCap {
+            max_send_wr: depth,
+            max_recv_wr: 1,
+            max_send_sge: 1,
+            max_recv_sge: 1,
+            max_inline_data: 0,
+        };
         let mut attr = sys::QpInitAttr {
             qp_context: null_mut(),
             send_cq: cq.raw.as_ptr(),

@@ -62,7 +62,8 @@ pub(crate) enum Answer {
 pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes).map_err(|e| {
-        Error::new(ErrorKind::Backend, "make a secret", "the system has no randomness").caused_by(e.to_string())
+        Error::new(ErrorKind::Backend, "make a secret", "the system has no randomness")
+            .caused_by(e.to_string())
     })?;
     Ok(bytes)
 }
@@ -197,7 +198,8 @@ mod tests {
         let nic = NicAddress { hca: "mlx5_0".into(), ethernet: true, gid: [3; 16], lid: 0 };
         let descriptor =
             Descriptor { version: 1, id: [1; 16], secret: [2; 32], nics: vec![nic], keys: vec![0x1234] };
-        let expected = [&[1][..], &[1; 16], &[2; 32], &[1, 6], b"mlx5_0", &[1], &[3; 16], &[0, 1, 0xb4, 0x24]];
+        let expected =
+            [&[1][..], &[1; 16], &[2; 32], &[1, 6], b"mlx5_0", &[1], &[3; 16], &[0, 1, 0xb4, 0x24]];
         let bytes = encode(&descriptor).unwrap();
         assert_eq!(bytes, expected.concat());
         assert_eq!(decode::<Descriptor>(&bytes).unwrap(), descriptor);

@@ -236,7 +236,20 @@ async fn four_ranks_register_gather_update_and_unregister() {
     }
     assert_eq!(cluster.status(3).await["hub"], Value::Null);
 
+    let pool = cluster.status(0).await["pool"].clone();
+    assert_eq!(pool["user"], json!("step-1"));
     cluster.expect_empty_200(&cluster.all("DELETE", &of(""), |_| None).await);
+    // The next checkpoint of the same shapes takes over the memory: nothing is allocated or pinned again.
+    cluster.expect_empty_200(&cluster.register("step-2").await);
+    let mut taken_over = cluster.status(0).await["pool"].clone();
+    assert_eq!(taken_over["user"].take(), json!("step-2"));
+    assert_eq!(
+        taken_over,
+        json!({ "user": null, "maps": 0, "held_bytes": pool["held_bytes"],
+        "allocations": pool["allocations"], "pins": pool["pins"] })
+    );
+    let removed = cluster.all("DELETE", "/v1/checkpoints/step-2", |_| None).await;
+    cluster.expect_empty_200(&removed);
     // An unknown name is no error.
     cluster.expect_empty_200(&cluster.all("DELETE", &of(""), |_| None).await);
     // A rank without the checkpoint gathers an empty list and is absent from the metas.

@@ -163,7 +163,8 @@ struct Measured {
 
 /// All ranks as tasks of this process.
 async fn tasks(args: &TransportArgs, registry: &Registry) -> anyhow::Result<Measured> {
-    let deadlines = Deadlines { join: args.limit(), ..Deadlines::default() };
+    // Ranks that are tasks of one process cannot die one by one: a silent one is only short of processors.
+    let deadlines = Deadlines { join: args.limit(), dead_after: args.limit(), ..Deadlines::default() };
     let (token, address) = (Token::random()?, HubAddress::new("127.0.0.1", 0));
     let hub = Hub::in_process(HubOptions {
         address: address.clone(),

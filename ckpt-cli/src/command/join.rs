@@ -74,22 +74,28 @@ pub(super) async fn join(
     ranks: &[u32],
     context: &Context,
 ) -> anyhow::Result<ExitCode> {
-    let reading = Reading { needed: true, secret };
+    let reading = Reading { needed: true, secret: secret.clone() };
     let mut rank = Rank::start_reading(&args.job, &context.registry, reading).await?;
-    let result = pull(source, args, ranks, context, &mut rank).await;
+    let result = pull(source, secret, args, ranks, context, &mut rank).await;
     rank.end(result.is_ok()).await;
     result.map(|()| ExitCode::SUCCESS)
 }
 
 async fn pull(
     source: &str,
+    secret: Option<Token>,
     args: &InstanceArgs,
     ranks: &[u32],
     context: &Context,
     rank: &mut Rank,
 ) -> anyhow::Result<()> {
     let started = Instant::now();
-    let metas: Option<Metas> = if rank.rank() == 0 { Some(metas_file::load(source).await?) } else { None };
+    let metas: Option<Metas> = if rank.rank() == 0 {
+        let token = secret.map_or_else(|| rank.job.session.secret(), Ok)?;
+        Some(metas_file::load(source, &token).await?)
+    } else {
+        None
+    };
     let metas = rank.server.share_metas(metas.as_ref()).await?;
     let layout = layout(&metas.manifest())?;
     let load_metas_s = started.elapsed().as_secs_f64();

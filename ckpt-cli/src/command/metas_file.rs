@@ -2,17 +2,17 @@
 
 use std::{path::Path, time::Duration};
 
-use ckpt_core::{Error, ErrorKind, Key, metas::Metas};
+use ckpt_core::{Error, ErrorKind, Key, control::Token, metas::Metas};
 
 const OPERATION: &str = "load metas";
 /// The path of a running instance's metas, where the URL names none.
 const METAS_PATH: &str = "/v1/metas";
 const FETCH_TIME: Duration = Duration::from_secs(30);
 
-/// Reads metas from a file, `http://host:port[/path]` or `unix:SOCKET`.
-pub(crate) async fn load(source: &str) -> anyhow::Result<Metas> {
+/// Reads metas from a file, `http://host:port[/path]` or `unix:SOCKET`. An instance that asks for `token` is shown it.
+pub(crate) async fn load(source: &str, token: &Token) -> anyhow::Result<Metas> {
     let json = if source.contains("://") || source.starts_with("unix:") {
-        fetch(source).await.map_err(|e| e.with(Key::Endpoint, source))?
+        fetch(source, token).await.map_err(|e| e.with(Key::Endpoint, source))?
     } else {
         tokio::fs::read(source).await.map_err(|e| {
             Error::new(
@@ -28,7 +28,7 @@ pub(crate) async fn load(source: &str) -> anyhow::Result<Metas> {
     Ok(metas.map_err(|e| e.with(Key::Path, source))?)
 }
 
-async fn fetch(source: &str) -> Result<Vec<u8>, Error> {
+async fn fetch(source: &str, token: &Token) -> Result<Vec<u8>, Error> {
     let unreachable = |e: reqwest::Error| {
         Error::new(
             ErrorKind::Unavailable,
@@ -53,7 +53,11 @@ async fn fetch(source: &str) -> Result<Vec<u8>, Error> {
         url.set_path(METAS_PATH);
     }
     let client = builder.build().map_err(unreachable)?;
-    let response = client.get(url).send().await.map_err(unreachable)?;
+    let mut response = client.get(url.clone()).send().await.map_err(unreachable)?;
+    if response.status() == reqwest::StatusCode::UNAUTHORIZED {
+        let token = String::from_utf8_lossy(token.reveal()).into_owned();
+        response = client.get(url).bearer_auth(token).send().await.map_err(unreachable)?;
+    }
     let status = response.status();
     let body = response.bytes().await.map_err(unreachable)?;
     if !status.is_success() {

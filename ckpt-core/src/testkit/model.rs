@@ -3,6 +3,7 @@
 mod links;
 
 use std::{
+    collections::BTreeSet,
     hash::{Hash, Hasher},
     ops::Range,
     sync::Arc,
@@ -96,7 +97,7 @@ pub(crate) struct RankModel {
     pub starts_engine: bool,
     cells: Vec<Cell>,
     /// Buckets whose load and whose exchange were enqueued.
-    loaded: u32,
+    loaded: BTreeSet<u32>,
     pub enqueued: u32,
     /// Buckets whose bytes have landed here, and whose events completed.
     pub received: u32,
@@ -190,7 +191,7 @@ impl Model {
                 has_worker: *has_worker,
                 starts_engine: *starts_engine,
                 cells: vec![Cell { owner: Owner::Free, bytes: None }; cells.count],
-                loaded: 0,
+                loaded: BTreeSet::new(),
                 enqueued: 0,
                 received: 0,
                 exchanged: 0,
@@ -239,6 +240,10 @@ impl Model {
 
     pub fn waits_for(&self) -> Vec<Option<u32>> {
         self.plan.buckets.iter().map(|b| b.waits_for).collect()
+    }
+
+    pub fn loads(&self, rank: Rank) -> Vec<u32> {
+        self.plan.loads(rank)
     }
 
     pub fn has_worker_loaded(&self, rank: Rank) -> bool {
@@ -358,14 +363,22 @@ impl Model {
                 }
             }
         }
-        self.ranks[rank as usize].loaded = bucket + 1;
+        self.ranks[rank as usize].loaded.insert(bucket);
         Ok(())
     }
 
     fn exchange(&mut self, rank: Rank, bucket: u32) -> Checked {
+        if !self.went {
+            return broken(
+                Law::NoMoveBeforeAgreement,
+                format!("rank {rank} offers bucket {bucket} before Go"),
+            );
+        }
         self.offer(rank, bucket, self.cells.buckets[bucket as usize].clone())?;
+        let brings = self.cells.segments[bucket as usize].iter().any(|(root, _)| *root == rank);
         let r = &mut self.ranks[rank as usize];
-        if r.enqueued != bucket || r.loaded <= bucket {
+        // Loads may come in any order, exchanges may not.
+        if r.enqueued != bucket || (brings && !r.loaded.contains(&bucket)) {
             return broken(Law::Progress, format!("rank {rank} enqueues bucket {bucket} out of order"));
         }
         r.enqueued += 1;

@@ -70,7 +70,6 @@ pub(super) struct DeviceWork {
     pub(super) exchange_deadline: Duration,
 }
 
-
 /// The driver's end.
 pub(super) struct DeviceLane {
     rank: Rank,

@@ -367,6 +367,7 @@ impl Driver {
         Ok(Event::Prepared {
             plan_digest: plan.digest,
             waits_for: plan.buckets.iter().map(|b| b.waits_for).collect(),
+            loads: plan.loads(self.attempt.rank),
         })
     }
 

@@ -8,7 +8,10 @@ mod fingerprint;
 mod tests;
 mod timers;
 
-use std::{collections::VecDeque, time::Duration};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    time::Duration,
+};
 
 pub(crate) use self::timers::close_after;
 use super::{Action, Event, Outcome, Rule};
@@ -107,8 +110,10 @@ pub struct UpdateMachine {
     written: u32,
     /// When each was enqueued.
     written_at: Vec<Duration>,
-    /// The load of bucket `written` was asked for.
-    load_sent: bool,
+    /// Buckets that this rank brings bytes to and whose load was not asked for, ascending.
+    unloaded: BTreeSet<u32>,
+    /// Releases that the last search for an early load knew of: nothing new, nothing to find.
+    searched: Option<u32>,
     exchanged: Vec<bool>,
     exchanged_count: u32,
     last_exchanged: Duration,
@@ -154,7 +159,8 @@ impl UpdateMachine {
             waits_for: Vec::new(),
             written: 0,
             written_at: Vec::new(),
-            load_sent: false,
+            unloaded: BTreeSet::new(),
+            searched: None,
             exchanged: Vec::new(),
             exchanged_count: 0,
             last_exchanged: start,
@@ -204,7 +210,9 @@ impl UpdateMachine {
                     self.epoch = Some(epoch);
                 }
             }
-            Event::Prepared { plan_digest, waits_for } => self.prepared(plan_digest, waits_for, now),
+            Event::Prepared { plan_digest, waits_for, loads } => {
+                self.prepared(plan_digest, waits_for, loads, now);
+            }
             Event::Go { epoch } if self.is_ours(epoch) && self.stage == Stage::Ready => self.go(epoch, now),
             Event::SinkOpened => self.sink_opened(now),
             Event::AllOpened { epoch } if self.is_ours(epoch) && self.stage == Stage::Moving => {
@@ -294,7 +302,7 @@ impl UpdateMachine {
 
     // ---- before bytes move ----
 
-    fn prepared(&mut self, plan_digest: u64, waits_for: Vec<Option<u32>>, now: Duration) {
+    fn prepared(&mut self, plan_digest: u64, waits_for: Vec<Option<u32>>, loads: Vec<u32>, now: Duration) {
         let Some(epoch) = self.epoch else { return };
         if self.stage != Stage::Preparing {
             return;
@@ -308,6 +316,8 @@ impl UpdateMachine {
             return self.fail(cause, now);
         }
         self.exchanged = vec![false; waits_for.len()];
+        // A bucket that the plan does not have is never written, so naming it does no harm.
+        self.unloaded = loads.into_iter().collect();
         self.waits_for = waits_for;
         self.queue.push_back(Action::SendReady { epoch, plan_digest });
         self.enter(Stage::Ready, now);
@@ -362,17 +372,33 @@ impl UpdateMachine {
         if self.stage == Stage::Failing {
             return None;
         }
-        if self.load_sent {
-            self.load_sent = false;
+        if self.may_write(self.written) {
+            if self.unloaded.remove(&self.written) {
+                return Some(Action::Load { bucket: self.written });
+            }
             self.written += 1;
             self.written_at.push(now);
             return Some(Action::Exchange { bucket: self.written - 1 });
         }
-        if self.may_write(self.written) {
-            self.load_sent = true;
-            return Some(Action::Load { bucket: self.written });
+        if let Some(bucket) = self.early_load() {
+            self.unloaded.remove(&bucket);
+            return Some(Action::Load { bucket });
         }
         self.all_loaded(now)
+    }
+
+    /// Exchanges keep the plan's order, loads need not: while the next bucket waits for its place, a later one whose place
+    /// is free already can be on its way. So a large tensor comes in while small ones pass through the rest of the ring.
+    fn early_load(&mut self) -> Option<u32> {
+        let released = if self.config.has_worker { self.acked } else { self.exchanged_count };
+        if self.searched == Some(released) {
+            return None;
+        }
+        let found = self.unloaded.iter().copied().find(|b| self.may_write(*b));
+        if found.is_none() {
+            self.searched = Some(released);
+        }
+        found
     }
 
     /// The local reader of `bucket` is through: the worker, or on a rank without one the exchange itself.

@@ -13,7 +13,10 @@ use ckpt_core::{
     update::{EngineCall, trace::Stage},
 };
 
-use crate::support::{At, Cluster, Expected, Fault, Kind, LONG, Setup, Worker, side_by_side, varied};
+use crate::{
+    support::{Cluster, Expected, Kind, LONG, Setup, side_by_side, varied},
+    worker::{At, Fault, Worker},
+};
 
 const KINDS: [Kind; 2] = [Kind::Local, Kind::Tcp];
 const RANKS: u32 = 3;

@@ -126,9 +126,8 @@ impl Bench {
         let seconds = started.elapsed().as_secs_f64() / f64::from(self.args.iters);
         let mut wrong_bytes = None;
         if self.args.check {
-            let expected = pattern(size);
+            let (expected, mut start) = patterns(size).await?;
             // Own parts hold the pattern, the others its opposite.
-            let mut start = opposite(&expected);
             for (root, range) in parts {
                 if root == self.rank() {
                     let range = range.start as usize..range.end as usize;
@@ -164,7 +163,7 @@ impl Bench {
     async fn reads(&mut self, size: u64) -> Result<Part> {
         let transport = self.transport.clone();
         let facet = transport.one_sided().ok_or_else(|| no_facet(&*transport, "one-sided reads"))?;
-        let expected = pattern(size);
+        let (expected, opposite) = patterns(size).await?;
         // Rank 0 lends; alone it reads its own memory.
         let registration = match self.rank() {
             0 => Some(facet.register(self.device.pin(HostBuffer::from_bytes(&expected)?)?).await?),
@@ -175,7 +174,7 @@ impl Bench {
         let region = regions.into_iter().flatten().next().ok_or_else(|| bug("rank 0 told no region"))?;
         let mut part = Part { seconds: 0.0, latencies: Vec::new(), wrong_bytes: None };
         if self.rank() != 0 || self.world_size() == 1 {
-            let into = BufferSlice::whole(self.device.pin(HostBuffer::from_bytes(&opposite(&expected))?)?);
+            let into = BufferSlice::whole(self.device.pin(HostBuffer::from_bytes(&opposite)?)?);
             let op = ReadOp { region: Arc::new(region), offset: 0, into: into.clone() };
             let deadline = self.deadline();
             for number in 0..self.args.warmup + self.args.iters {
@@ -199,7 +198,8 @@ impl Bench {
     /// Bytes of `memory` that are not as expected.
     async fn wrong(&self, memory: &BufferSlice, expected: Vec<u8>) -> Result<u64> {
         // Into bytes that are all wrong: a copy that does not happen is seen.
-        let found = HostBuffer::from_bytes(&opposite(&expected))?.slice();
+        let (_, opposite) = patterns(expected.len() as u64).await?;
+        let found = HostBuffer::from_bytes(&opposite)?.slice();
         self.copy(memory.clone(), found.clone()).await?;
         let counted = tokio::task::spawn_blocking(move || {
             let meta = TensorMeta::new("bench", DType::U8, [expected.len() as u64])?;
@@ -264,11 +264,22 @@ fn bug(message: &'static str) -> Error {
     Error::new(ErrorKind::Internal, OPERATION, message)
 }
 
-/// Bytes that differ by place, without a short period.
-fn pattern(len: u64) -> Vec<u8> {
-    (0..len).map(|place| (place.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as u8).collect()
-}
-
-fn opposite(bytes: &[u8]) -> Vec<u8> {
-    bytes.iter().map(|byte| !byte).collect()
+/// Bytes that differ by place, without a short period, and the opposite of each. Made on another thread, since large
+/// ones take a while.
+async fn patterns(len: u64) -> Result<(Vec<u8>, Vec<u8>)> {
+    let make = move || {
+        let words =
+            (0..len.div_ceil(8)).map(|place| place.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        let mut bytes = Vec::with_capacity(len as usize + 8);
+        let mut opposite = Vec::with_capacity(len as usize + 8);
+        for word in words {
+            bytes.extend_from_slice(&word.to_le_bytes());
+            opposite.extend_from_slice(&(!word).to_le_bytes());
+        }
+        bytes.truncate(len as usize);
+        opposite.truncate(len as usize);
+        (bytes, opposite)
+    };
+    let made = tokio::task::spawn_blocking(make).await;
+    made.map_err(|error| bug("the thread that makes patterns died").caused_by(error))
 }

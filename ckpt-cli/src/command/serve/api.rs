@@ -238,12 +238,20 @@ async fn status(State(app): State<Arc<App>>) -> Response {
         Some(hub) => hub.status().await.ok(),
         None => None,
     };
+    let pool = app.pool.counters();
     let more = {
         let state = app.view.lock();
         json!({
             "doing": state.doing,
             "queued": app.orders.max_capacity() - app.orders.capacity(),
             "checkpoints": state.checkpoints,
+            "pool": {
+                "user": app.pool.user(),
+                "held_bytes": pool.held_bytes,
+                "allocations": pool.allocations,
+                "pins": pool.pins,
+                "maps": pool.maps,
+            },
             "metas": state.metas.as_ref().map(|current| json!({
                 "checkpoint": current.checkpoint,
                 "version": current.version,

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     Context,
-    job::{JobArgs, Rank, Reading},
+    job::{JobArgs, Rank},
 };
 
 /// Seed of the bytes: the same on every machine.
@@ -63,7 +63,7 @@ pub(crate) struct RankArgs {
 }
 
 pub(crate) async fn run_rank(args: RankArgs, context: &Context) -> anyhow::Result<ExitCode> {
-    let mut rank = Rank::start_reading(&args.job, &context.registry, Reading::default()).await?;
+    let mut rank = Rank::start(&args.job, &context.registry).await?;
     let result = measure(&args, context, &mut rank).await;
     rank.end(result.is_ok()).await;
     result.map(|()| ExitCode::SUCCESS)
