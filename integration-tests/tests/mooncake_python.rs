@@ -15,6 +15,7 @@ use std::{
 use bytes::Bytes;
 use ckpt_core::{
     ErrorKind, Key, Result,
+    control::Token,
     device::{Buffer, DeviceBackend, host::HostBuffer},
     manifest::{Arena, Share, Tensor},
     metas::{Metas, Placement, RankMetas},
@@ -22,6 +23,7 @@ use ckpt_core::{
     transport::{RemoteRegion, Transport},
     types::TensorMeta,
 };
+use integration_tests::{Job, LONG, Program};
 use mooncake_support::{Node, Peer, Real, holds, pattern, plays, run, soon, target};
 use sha2::{Digest, Sha256};
 
@@ -231,4 +233,66 @@ async fn python() {
     receiver.child.stdin.take().unwrap().write_all(json.as_bytes()).unwrap();
     let digest = tokio::task::spawn_blocking(move || receiver.says("SHA256 ")).await.unwrap();
     assert_eq!(digest, format!("{:x}", Sha256::digest(&bytes)));
+}
+
+#[test]
+#[ignore = "needs the npu wheel's library: see the_suite_passes_over_the_real_library"]
+fn the_program_updates_and_joins_over_mooncake() {
+    run("programs");
+}
+
+#[tokio::test]
+#[ignore = "a part of the_program_updates_and_joins_over_mooncake, which starts it as a process"]
+async fn programs() {
+    if !plays("programs") {
+        return;
+    }
+    const PROGRAM: &str = env!("CARGO_BIN_EXE_ckpt-under-test");
+    let job = Job::new(PROGRAM, 3, 4);
+    let (metas, token) = (job.path("metas.json"), job.path("token"));
+    Token::random().unwrap().write_to(&token).unwrap();
+    let mut workers = job.workers(&[]).await;
+    let (metas_text, token_text) = (metas.to_str().unwrap(), token.to_str().unwrap());
+    let mut senders = job.update(&[
+        "--update-method",
+        "all",
+        "--ranks",
+        "1-2",
+        "--p2p-transport",
+        "mooncake",
+        "--save-metas-file",
+        metas_text,
+        "--token-file",
+        token_text,
+        "--sleep-time",
+        "600",
+    ]);
+    senders.get(0).stdout_line("update_s_by_method").await;
+    for rank in 0..3 {
+        job.assert_holds(rank).await;
+    }
+    // As checkpoint-engine's own receivers need them.
+    let saved = Metas::from_json(&std::fs::read(&metas).unwrap()).unwrap();
+    assert!(
+        saved.ranks.values().all(|rank| rank.placement.p2p_store_addr.is_some()),
+        "no address to pull from"
+    );
+
+    // Another job, with an engine that holds nothing.
+    let old = workers.remove(0);
+    old.signal(rustix::process::Signal::KILL);
+    old.finish(LONG).await;
+    workers.insert(0, job.worker(0, &[]).await);
+    Program::new(PROGRAM)
+        .args(["join", "--json", "--device", "host", "--worker-protocol", "native"])
+        .args(["--inference-parallel-size", "1", "--bucket-mib", "1", "--p2p-transport", "mooncake"])
+        .args(["--metas", metas_text, "--token-file", token_text])
+        .arg("--uds")
+        .arg(job.path("worker-{rank}.sock"))
+        .env("CKPT_RUNTIME_DIR", job.runtime_dir())
+        .spawn()
+        .finish(LONG)
+        .await
+        .expect_code(0);
+    job.assert_holds(0).await;
 }
