@@ -152,7 +152,7 @@ mod tests {
         let (mut pushed, mut step) = (0, steps.iter().copied().cycle());
         while back.len() < requests {
             // In turns chosen by `steps`: a new request and as many posts as there are slots, or one completion.
-            let complete = step.next().unwrap_or(true) || pushed == requests;
+            let complete = step.next().unwrap_or(true) && pushed > back.len() || pushed == requests;
             if !complete {
                 queue.push(pushed).unwrap();
                 pushed += 1;

@@ -17,12 +17,12 @@ type Unused = *const c_void;
 /// `ibv_context_ops`: the entries behind inline functions of the header.
 #[repr(C)]
 pub(crate) struct ContextOps {
-    _before_poll: [Unused; 12],
+    _before_poll: [Unused; 11],
     pub(crate) poll_cq: Option<unsafe extern "C" fn(*mut Cq, c_int, *mut Wc) -> c_int>,
     pub(crate) req_notify_cq: Option<unsafe extern "C" fn(*mut Cq, c_int) -> c_int>,
     _before_send: [Unused; 12],
     pub(crate) post_send: Option<unsafe extern "C" fn(*mut Qp, *mut SendWr, *mut *mut SendWr) -> c_int>,
-    _after_send: [Unused; 5],
+    _after_send: [Unused; 6],
 }
 
 /// `ibv_context`, up to the descriptor of asynchronous events.
@@ -332,7 +332,7 @@ mod checks {
     layout!(GlobalRoute: 24, flow_label = 16, traffic_class = 22);
     layout!(PortAttr: 52, active_mtu = 8, lid = 34);
     layout!(DeviceAttr: 232, max_qp_wr = 112, max_cqe = 132, max_qp_rd_atom = 144, max_qp_init_rd_atom = 156);
-    layout!(ContextOps: 256, poll_cq = 96, req_notify_cq = 104, post_send = 208);
+    layout!(ContextOps: 256, poll_cq = 88, req_notify_cq = 96, post_send = 200);
     layout!(AsyncEvent: 16, event_type = 8);
     const _: () = {
         assert!(std::mem::offset_of!(Mr, lkey) == 36 && std::mem::offset_of!(Mr, rkey) == 40);

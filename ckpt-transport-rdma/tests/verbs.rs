@@ -27,6 +27,11 @@ struct Verbs {
 
 impl Verbs {
     fn new() -> Self {
+        // The first of the process stays.
+        let _ = tracing_subscriber::fmt()
+            .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+            .with_test_writer()
+            .try_init();
         Self { folder: tempfile::tempdir().unwrap() }
     }
 
@@ -81,7 +86,8 @@ fn bytes(len: usize) -> Vec<u8> {
 async fn read(reader: &Arc<dyn Transport>, region: &RemoteRegion) -> Result<()> {
     let into = BufferSlice::whole(HostBuffer::from_bytes(&vec![0xEE; region.len_bytes as usize])?);
     let op = ReadOp { region: Arc::new(region.clone()), offset: 0, into: into.clone() };
-    reader.one_sided().unwrap().post_read(vec![op], soon())?.done(soon()).await?;
+    let event = reader.one_sided().unwrap().post_read(vec![op], soon())?;
+    event.done(soon() + Duration::from_secs(5)).await?;
     // SAFETY: the read into it is done.
     let arrived = unsafe { into.as_slice() }?;
     assert!(arrived == bytes(region.len_bytes as usize), "other bytes arrived");
@@ -186,15 +192,18 @@ async fn owner_process() {
     tokio::time::sleep(Duration::from_secs(120)).await;
 }
 
-fn start_owner() -> (Child, RemoteRegion) {
+/// The child's output must stay open: it ends if it cannot write.
+type Output = std::io::Lines<BufReader<std::process::ChildStdout>>;
+
+fn start_owner() -> (Child, RemoteRegion, Output) {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "owner_process", "--nocapture"])
         .env("CKPT_TEST_OWNER", "1")
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let line = lines.map(|line| line.unwrap()).find(|line| line.starts_with("REGION ")).unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let line = lines.by_ref().map(|line| line.unwrap()).find(|line| line.starts_with("REGION ")).unwrap();
     let words: Vec<&str> = line.split(' ').collect();
     let hex = words[5].as_bytes().chunks(2);
     let descriptor: Vec<u8> =
@@ -206,14 +215,14 @@ fn start_owner() -> (Child, RemoteRegion) {
         generation: words[4].parse().unwrap(),
         descriptor: descriptor.into(),
     };
-    (child, region)
+    (child, region, lines)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs an RDMA device: integration-tests/rdma-vm/test.sh"]
 async fn a_killed_owner_is_an_error_and_a_new_one_is_read() {
     let reader = Verbs::new().open(1);
-    let (mut child, region) = start_owner();
+    let (mut child, region, _output) = start_owner();
     read(&reader, &region).await.unwrap();
     // In the middle of reads.
     let flying: Vec<_> = (0..4)
@@ -238,7 +247,7 @@ async fn a_killed_owner_is_an_error_and_a_new_one_is_read() {
     assert_eq!(error.kind(), ErrorKind::PeerLost);
     assert_eq!(error.get(Key::Peer), Some(region.peer.as_str()));
     assert!(killed.elapsed() < Duration::from_secs(15), "{:?}", killed.elapsed());
-    let (mut child, region) = start_owner();
+    let (mut child, region, _output) = start_owner();
     let outcome = read(&reader, &region).await;
     child.kill().unwrap();
     child.wait().unwrap();

@@ -1,6 +1,12 @@
 //! `ckpt doctor`: what this machine and this build can do, and what is missing.
 
-use std::{fs, path::Path, process::ExitCode};
+mod rdma;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use ckpt_core::{device::runtime_dir, transport::Probe};
 use clap::Args;
@@ -15,10 +21,15 @@ use crate::{Context, exit::Exit, features, output::Table, output::format_bytes};
 Examples:
   ckpt doctor
   ckpt doctor --json | jq '.transports[] | select(.available)'
+  ckpt doctor --record .
 
 A transport or device that is not available is no error. The exit code is 1 if a check under
 `system` has failed.")]
-pub(crate) struct DoctorArgs {}
+pub(crate) struct DoctorArgs {
+    /// Save what the choice of an RDMA device looks at as DIR/rdma-tree.txt, to go with a report
+    #[arg(long, value_name = "DIR")]
+    record: Option<PathBuf>,
+}
 
 #[derive(Serialize)]
 struct Report {
@@ -27,6 +38,7 @@ struct Report {
     healthy: bool,
     devices: Vec<Backend>,
     transports: Vec<Backend>,
+    rdma: rdma::RdmaReport,
     system: Vec<Check>,
 }
 
@@ -52,7 +64,7 @@ struct Check {
     detail: String,
 }
 
-pub(crate) async fn run(_args: DoctorArgs, context: &Context) -> anyhow::Result<ExitCode> {
+pub(crate) async fn run(args: DoctorArgs, context: &Context) -> anyhow::Result<ExitCode> {
     let registry = &context.registry;
     // Probes open native libraries, whose initialisers may take their time: not on the runtime's own threads.
     let report = tokio::task::block_in_place(|| {
@@ -66,9 +78,14 @@ pub(crate) async fn run(_args: DoctorArgs, context: &Context) -> anyhow::Result<
             healthy,
             devices,
             transports,
+            rdma: rdma::look(Path::new("/sys"), &|name| std::env::var(name).ok()),
             system,
         }
     });
+    if let Some(folder) = &args.record {
+        let file = rdma::record(Path::new("/sys"), folder)?;
+        context.output.line(format!("saved {}", file.display()));
+    }
     print(&report, context);
     context.output.object(&report)?;
     Ok(if report.healthy { Exit::Success } else { Exit::Failed }.into())
@@ -93,6 +110,7 @@ fn print(report: &Report, context: &Context) {
         output.line("");
         output.table(&table);
     }
+    rdma::print(&report.rdma, output);
     let mut table = Table::new(&["system", "verdict", "detail"]);
     for check in &report.system {
         let verdict = match check.verdict {

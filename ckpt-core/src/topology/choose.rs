@@ -96,7 +96,7 @@ pub fn refusal(port: &HcaPort, hcas: &[Hca], env: &dyn Fn(&str) -> Option<String
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::topology::{read_hcas, unpack};
+    use crate::topology::{read_accelerators, read_hcas, unpack};
 
     fn tree(text: &str) -> (tempfile::TempDir, Vec<Hca>) {
         let folder = tempfile::tempdir().unwrap();
@@ -114,6 +114,9 @@ mod tests {
         let (folder, hcas) = tree(include_str!("fixtures/two_sockets.txt"));
         let names: Vec<&str> = hcas.iter().map(|hca| hca.name.as_str()).collect();
         assert_eq!(names, ["mlx5_0", "mlx5_2", "mlx5_10"], "the order of verbs, not of the names");
+        let accelerators = read_accelerators(folder.path());
+        let addresses: Vec<&str> = accelerators.iter().map(PciPath::address).collect();
+        assert_eq!(addresses, ["0000:1b:00.0", "0000:9d:00.0"]);
         let numbering = Some(Accelerators { local_rank: 0, visible: 2, local_world_size: None });
         let far = PciPath::of_address(folder.path(), "00000000:9D:00.0").unwrap();
         assert_eq!(far.numa_node, Some(1));

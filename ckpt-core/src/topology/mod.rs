@@ -13,4 +13,4 @@ pub use select::{
     Accelerators, HcaPort, LinkLayer, MAX_HCA_PORTS, PortState, choose_ports, parse_device_list,
     ports_of_rank,
 };
-pub use sysfs::{Distance, Gid, GidKind, Hca, PciPath, PortInfo, classify, read_hcas};
+pub use sysfs::{Distance, Gid, GidKind, Hca, PciPath, PortInfo, classify, read_accelerators, read_hcas};

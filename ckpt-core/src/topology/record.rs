@@ -45,7 +45,9 @@ pub fn record(sysfs: &Path, accelerators: &[String]) -> io::Result<String> {
         let link = format!("bus/pci/devices/{}", address.to_ascii_lowercase());
         if root.join(&link).exists() {
             let real = follow(&root, &link, &mut entries)?;
-            keep(&root, format!("{real}/numa_node"), &mut entries);
+            for file in ["numa_node", "class", "vendor"] {
+                keep(&root, format!("{real}/{file}"), &mut entries);
+            }
         }
     }
     Ok(entries.into_iter().map(|(path, what)| format!("{path} {what}\n")).collect())

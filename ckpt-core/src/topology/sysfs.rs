@@ -197,6 +197,17 @@ pub fn read_hcas(sysfs: &Path) -> Vec<Hca> {
     found
 }
 
+/// The PCI devices below `sysfs` that compute: display controllers of NVIDIA, and processing accelerators of anybody.
+pub fn read_accelerators(sysfs: &Path) -> Vec<PciPath> {
+    let folder = sysfs.join("bus/pci/devices");
+    let computes = |address: &String| {
+        let device = folder.join(address);
+        let class = word(&device.join("class"));
+        class.starts_with("0x12") || class.starts_with("0x03") && word(&device.join("vendor")) == "0x10de"
+    };
+    names(&folder).iter().filter(|a| computes(a)).filter_map(|a| PciPath::of_address(sysfs, a)).collect()
+}
+
 /// Verbs lists devices as they came up, which is the order of their `uverbsN` files.
 fn verbs_order(sysfs: &Path) -> Vec<String> {
     let class = sysfs.join("class/infiniband_verbs");
@@ -331,7 +342,7 @@ mod tests {
     #[test]
     fn an_absent_tree_has_no_devices() {
         let empty = tempfile::tempdir().unwrap();
-        assert!(read_hcas(empty.path()).is_empty());
+        assert!(read_hcas(empty.path()).is_empty() && read_accelerators(empty.path()).is_empty());
         assert!(PciPath::of_address(empty.path(), "0000:3b:00.0").is_none());
     }
 }
