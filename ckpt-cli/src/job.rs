@@ -9,12 +9,12 @@ use std::{
 use bytes::Bytes;
 use ckpt_core::{
     Error, ErrorKind, Key,
-    control::{self, JobOptions},
+    control::{self, JobOptions, Token},
     deadlines::Deadlines,
     device::{DeviceConfig, runtime_dir},
     plan::PlanLimits,
     server::{ParameterServer, ServerConfig},
-    transport::{Registry, Requirement, TransportConfig},
+    transport::{AUTO, Registry, Requirement, TransportConfig},
 };
 use clap::Args;
 
@@ -25,6 +25,13 @@ pub(crate) struct JobArgs {
     /// How bytes reach other ranks: a name, or `auto` for the first that works here
     #[arg(long, default_value = "auto", value_name = "NAME")]
     pub(crate) transport: String,
+    /// How P2P updates read other ranks' memory: a name, or `auto` for the same transport if it can and else the first
+    /// that works here
+    #[arg(long, default_value = "auto", value_name = "NAME")]
+    p2p_transport: String,
+    /// This host's address for other hosts; without it that on the way to the hub, and loopback if all ranks are here
+    #[arg(long, value_name = "ADDRESS")]
+    bind: Option<IpAddr>,
     /// Where the weights go: a kind, or `auto` for the first that works here
     #[arg(long, default_value = "auto", value_name = "KIND")]
     pub(crate) device: String,
@@ -56,6 +63,15 @@ fn seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// What a rank needs for reading other ranks' memory.
+#[derive(Default)]
+pub(crate) struct Reading {
+    /// It is an error if nothing here can.
+    pub(crate) needed: bool,
+    /// The owners' secret, if they belong to a job with another one.
+    pub(crate) secret: Option<Token>,
+}
+
 /// A rank that has joined its job.
 pub(crate) struct Rank {
     pub(crate) job: control::Job,
@@ -63,12 +79,22 @@ pub(crate) struct Rank {
     pub(crate) transport: &'static str,
     pub(crate) runtime_dir: PathBuf,
     join: Duration,
+    total: Duration,
     gathers: u64,
 }
 
 impl Rank {
     /// Joins the job that the environment describes and opens what the options name.
     pub(crate) async fn start(args: &JobArgs, registry: &Registry) -> anyhow::Result<Self> {
+        Self::start_reading(args, registry, Reading::default()).await
+    }
+
+    /// The same for a rank that is to read other ranks' memory.
+    pub(crate) async fn start_reading(
+        args: &JobArgs,
+        registry: &Registry,
+        reading: Reading,
+    ) -> anyhow::Result<Self> {
         let env = |name: &str| std::env::var(name).ok();
         let deadlines = Deadlines {
             join: args.join_timeout,
@@ -91,12 +117,12 @@ impl Rank {
         };
         let device = registry.open_device(&args.device, &device_config)?;
         let job = control::Job::join(options).await?;
-        let bind = if cluster.is_single_host() {
-            IpAddr::V4(Ipv4Addr::LOCALHOST)
-        } else {
-            address_towards(&cluster.hub.host, cluster.hub.port)?
+        let bind = match args.bind {
+            Some(address) => address,
+            None if cluster.is_single_host() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            None => address_towards(&cluster.hub.host, cluster.hub.port)?,
         };
-        let config = TransportConfig {
+        let mut config = TransportConfig {
             bind,
             runtime_dir: runtime_dir.clone(),
             secret: job.session.secret()?.reveal().to_vec(),
@@ -111,6 +137,31 @@ impl Rank {
         };
         let transport = registry.open_transport(&args.transport, &config, required)?;
         let name = transport.name();
+        let can = transport.capability();
+        let itself = can.one_sided && can.across_processes && reading.secret.is_none();
+        let reader = if itself && [AUTO, name].contains(&args.p2p_transport.as_str()) {
+            Ok(transport.clone())
+        } else {
+            if let Some(secret) = &reading.secret {
+                config.secret = secret.reveal().to_vec();
+            }
+            // Readers may come from another job, so this process is never enough.
+            let required = Requirement {
+                one_sided: true,
+                across_processes: true,
+                across_hosts: !cluster.is_single_host(),
+                ..Requirement::default()
+            };
+            registry.open_transport(&args.p2p_transport, &config, required)
+        };
+        let reader = match reader {
+            Ok(reader) => reader,
+            Err(error) if reading.needed || args.p2p_transport != AUTO => return Err(error.into()),
+            Err(error) => {
+                tracing::info!(%error, "other ranks cannot read this rank's memory");
+                transport.clone()
+            }
+        };
         tracing::info!(rank = cluster.rank, transport = name, device = device.kind(), "joined the job");
         let server = ParameterServer::new(ServerConfig {
             session: job.session.clone(),
@@ -118,8 +169,17 @@ impl Rank {
             transport,
             deadlines,
             limits,
-        });
-        Ok(Self { job, server, transport: name, runtime_dir, join: args.join_timeout, gathers: 0 })
+        })
+        .with_reader(reader);
+        Ok(Self {
+            job,
+            server,
+            transport: name,
+            runtime_dir,
+            join: args.join_timeout,
+            total: args.timeout,
+            gathers: 0,
+        })
     }
 
     /// This rank's number.
@@ -132,14 +192,29 @@ impl Rank {
         self.job.cluster.world_size
     }
 
-    /// Collective: the largest of all ranks' `seconds`.
-    pub(crate) async fn slowest(&mut self, what: &str, seconds: f64) -> anyhow::Result<f64> {
+    /// Collective: every rank's `part`, by rank. Ranks that have nothing to do may come long before the others: they wait
+    /// as long as an update may take.
+    pub(crate) async fn collect(&mut self, what: &str, part: Bytes) -> anyhow::Result<Vec<Bytes>> {
         self.gathers += 1;
-        let name = format!("slowest {what} {}", self.gathers);
-        let part = Bytes::copy_from_slice(&seconds.to_le_bytes());
-        let parts = self.job.session.gather(&name, part, Instant::now() + self.join).await?;
-        let times = parts.iter().filter_map(|p| Some(f64::from_le_bytes((**p).try_into().ok()?)));
-        Ok(times.fold(0.0, f64::max))
+        let end = Instant::now() + self.total + self.join;
+        let mut attempt = 0_u32;
+        loop {
+            // The hub gives up when some ranks do not come in time, and tells the late ones so: then all try again.
+            let name = format!("{what} {} {attempt}", self.gathers);
+            let deadline = (Instant::now() + self.join * 2).min(end);
+            match self.job.session.gather(&name, part.clone(), deadline).await {
+                Err(error) if error.kind() == ErrorKind::Timeout && Instant::now() < end => attempt += 1,
+                outcome => return Ok(outcome?),
+            }
+        }
+    }
+
+    /// Serves readers for `time`; an error if the job ends before.
+    pub(crate) async fn serve(&self, time: Duration) -> anyhow::Result<()> {
+        tokio::select! {
+            () = tokio::time::sleep(time) => Ok(()),
+            cause = self.job.session.until_lost() => Err(cause.into()),
+        }
     }
 
     /// Leaves the job. After a success all ranks leave together, since the hub ends with rank 0.
@@ -152,7 +227,7 @@ impl Rank {
 }
 
 /// This host's address on the way to the hub. Connecting a UDP socket sends nothing.
-fn address_towards(host: &str, port: u16) -> Result<IpAddr, Error> {
+pub(crate) fn address_towards(host: &str, port: u16) -> Result<IpAddr, Error> {
     let find = || {
         let hub = (host, port).to_socket_addrs()?.next().ok_or(std::io::ErrorKind::AddrNotAvailable)?;
         let any: IpAddr = match hub {

@@ -6,9 +6,13 @@
 //! - exit codes are those of [`Exit`].
 
 mod command;
+#[cfg(feature = "nccl")]
+mod cuda_worker;
 mod exit;
 mod failure;
 mod job;
+mod leave;
+mod listen;
 mod logging;
 mod output;
 mod progress;
@@ -26,6 +30,7 @@ use ckpt_core::{
     transport::{Registry, local::LocalProvider, tcp::TcpProvider},
 };
 use clap::Parser;
+use command::worker::device::{HostWorker, WorkerDevice};
 pub use exit::Exit;
 pub use output::{Output, Table, format_bytes};
 
@@ -65,6 +70,15 @@ pub fn registry() -> Registry {
     registry.add_transport(LocalProvider::default());
     registry.add_transport(TcpProvider);
     registry
+}
+
+/// The devices that `ckpt worker` can run on, in the order in which `auto` tries them.
+pub(crate) fn worker_devices() -> Vec<Box<dyn WorkerDevice>> {
+    vec![
+        #[cfg(feature = "nccl")]
+        Box::<cuda_worker::CudaWorker>::default(),
+        Box::new(HostWorker),
+    ]
 }
 
 /// The cargo features that this build has.
@@ -114,7 +128,9 @@ struct Cli {
 /// The whole program: what the `ckpt` binary does with the process's own arguments.
 pub fn main() -> ExitCode {
     failure::install_panic_hook();
-    run(std::env::args_os())
+    let code = run(std::env::args_os());
+    leave::skip_library_destructors();
+    code
 }
 
 /// Runs one command line, program name first, to its end.

@@ -1,4 +1,4 @@
-//! The engine's listener, over TCP or a UNIX socket, and how others learn of it.
+//! HTTP listeners of commands, over TCP or a UNIX socket, and how others learn of them.
 
 use std::{
     fs,
@@ -13,7 +13,8 @@ use axum::Router;
 use ckpt_core::{Error, ErrorKind, Key, Result};
 use tokio::net::{TcpListener, UnixListener};
 
-pub(super) struct Listener {
+/// A bound listener.
+pub(crate) struct Listener {
     socket: Socket,
     address: String,
 }
@@ -33,14 +34,14 @@ impl Drop for UnixPath {
 }
 
 impl Listener {
-    pub(super) async fn tcp(address: SocketAddr) -> Result<Self> {
+    pub(crate) async fn tcp(address: SocketAddr) -> Result<Self> {
         let fail = |error: io::Error| cannot_listen(address.to_string(), error);
         let listener = TcpListener::bind(address).await.map_err(fail)?;
         let address = format!("http://{}", listener.local_addr().map_err(fail)?);
         Ok(Self { socket: Socket::Tcp(listener), address })
     }
 
-    pub(super) fn unix(path: &Path) -> Result<Self> {
+    pub(crate) fn unix(path: &Path) -> Result<Self> {
         let path =
             std::path::absolute(path).map_err(|error| cannot_listen(path.display().to_string(), error))?;
         let address = format!("unix:{}", path.display());
@@ -59,12 +60,12 @@ impl Listener {
     }
 
     /// `http://host:port` or `unix:/path`.
-    pub(super) fn address(&self) -> &str {
+    pub(crate) fn address(&self) -> &str {
         &self.address
     }
 
     /// Serves until `stop` completes and the requests under way are answered.
-    pub(super) async fn serve(
+    pub(crate) async fn serve(
         self,
         router: Router,
         stop: impl Future<Output = ()> + Send + 'static,
@@ -84,13 +85,13 @@ fn cannot_listen(address: String, error: io::Error) -> Error {
         io::ErrorKind::AddrInUse => "the address is in use: stop the other process or choose another one",
         _ => "cannot listen there; choose another --listen or --uds",
     };
-    Error::new(ErrorKind::ConfigInvalid, "start the worker", hint)
+    Error::new(ErrorKind::ConfigInvalid, "listen for requests", hint)
         .with(Key::Endpoint, address)
         .caused_by(error)
 }
 
 /// Writes `address` to `file` at once: a reader sees nothing or all of it.
-pub(super) fn announce(file: &Path, address: &str) -> Result<()> {
+pub(crate) fn announce(file: &Path, address: &str) -> Result<()> {
     let folder = match file.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),

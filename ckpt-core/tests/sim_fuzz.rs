@@ -28,7 +28,7 @@ fn event() -> impl Strategy<Value = Event> {
         2 => waits.prop_map(|waits| {
             // Mostly plans in order; now and then a hostile one.
             let waits_for = (0_u32..).zip(waits).map(|(b, w)| w.map(|w| if b == 0 { w } else { w % b })).collect();
-            Event::Prepared { plan_digest: 1, waits_for }
+            Event::Prepared { plan_digest: 1, waits_for, loads: vec![0, 2, 3, 9] }
         }),
         3 => epoch.clone().prop_map(|epoch| Event::Go { epoch }),
         2 => Just(Event::SinkOpened),
@@ -52,7 +52,8 @@ fn event() -> impl Strategy<Value = Event> {
 fn answer(action: &Action) -> Option<Event> {
     Some(match action {
         Action::Prepare { .. } => {
-            Event::Prepared { plan_digest: 1, waits_for: vec![None, None, Some(0), Some(1)] }
+            let waits_for = vec![None, None, Some(0), Some(1)];
+            Event::Prepared { plan_digest: 1, waits_for, loads: vec![0, 1, 2, 3] }
         }
         Action::SendReady { epoch, .. } => Event::Go { epoch: *epoch },
         Action::OpenSink => Event::SinkOpened,

@@ -4,6 +4,11 @@ use std::fmt;
 
 use ckpt_core::{Error, ErrorKind, Key};
 
+use crate::api::status;
+
+/// Stands for the function where the code is the status in which a transfer ended.
+pub(crate) const TRANSFER: &str = "transfer";
+
 /// A code that one of Mooncake's functions returned.
 ///
 /// Registering and opening return negative codes, submitting and polling positive ones, with the same numbers.
@@ -17,7 +22,10 @@ pub struct MooncakeError {
 
 impl MooncakeError {
     /// The code's meaning; `unknown` for one that this table lacks.
-    pub const fn name(&self) -> &'static str {
+    pub fn name(&self) -> &'static str {
+        if self.function == TRANSFER {
+            return status::name(self.code);
+        }
         match self.code.unsigned_abs() {
             1 => "invalid argument",
             2 => "too many requests",
@@ -41,8 +49,9 @@ impl MooncakeError {
         }
     }
 
-    const fn kind(&self) -> ErrorKind {
+    fn kind(&self) -> ErrorKind {
         match self.code.unsigned_abs() {
+            _ if self.function == TRANSFER => ErrorKind::Backend,
             2 | 302 => ErrorKind::ResourceExhausted,
             6 => ErrorKind::Unavailable,
             8 | 303 | 999 => ErrorKind::Unsupported,
@@ -79,5 +88,8 @@ mod tests {
         }
         let minimum = MooncakeError { function: "openSegment", code: i32::MIN };
         assert_eq!(minimum.name(), "unknown");
+        // A transfer's status has numbers of its own.
+        let failed = MooncakeError { function: TRANSFER, code: 6 };
+        assert_eq!(failed.to_string(), "Mooncake's transfer failed: failed (6)");
     }
 }

@@ -1,20 +1,40 @@
-//! Mooncake's transfer engine as a transport.
+//! Mooncake's transfer engine as a one-sided transport.
 //!
-//! This version looks for the library and says what it found; it moves no bytes through it. `probe` never says
-//! "available" for something that `open` cannot do.
+//! The engine is opened at run time through its C interface and works in peer-to-peer mode, without a metadata server.
+//! A region's peer is the engine's `host:port` and its address a virtual address, as in checkpoint-engine's metas: our
+//! receivers read from its instances, and its receivers from ours.
+//!
+//! Mooncake has no deadlines and cannot cancel. So each peer has a thread of its own, a batch keeps its memory until
+//! Mooncake has let go, and whoever waits is freed by the deadline. Between our own processes every read also checks
+//! the registration's generation (`ledger.rs`). `docs/mooncake.md` says what has run where.
 
+mod api;
+mod batch;
 mod config;
+mod engine;
 mod error;
+#[cfg(test)]
+mod fake;
+mod keeper;
+mod lane;
+mod ledger;
 mod library;
+mod native;
+mod protocol;
+#[cfg(test)]
+mod tests;
+mod transport;
 
 use std::sync::Arc;
 
 use ckpt_core::{
-    Result,
+    Error, ErrorKind, Result,
     transport::{Probe, Transport, TransportConfig, TransportProvider, library::unavailable},
 };
 pub use config::MooncakeConfig;
 pub use error::MooncakeError;
+
+use crate::{library::Found, protocol::Choice, transport::MooncakeTransport};
 
 /// Finds Mooncake.
 #[derive(Clone, Debug)]
@@ -28,13 +48,10 @@ impl MooncakeProvider {
         Self { config }
     }
 
-    fn reason(&self) -> String {
-        match library::find(&self.config) {
-            Ok(found) => {
-                format!("found {found}, but this version of ckpt does not drive it; use another transport")
-            }
-            Err(error) => error.message().to_owned(),
-        }
+    fn find(&self) -> Result<(Found, Choice)> {
+        let found = library::find(&self.config)?;
+        let choice = protocol::choose(&self.config.settings, found.ascend_build)?;
+        Ok((found, choice))
     }
 }
 
@@ -44,33 +61,24 @@ impl TransportProvider for MooncakeProvider {
     }
 
     fn probe(&self) -> Probe {
-        Probe::Unavailable(self.reason())
+        match self.find() {
+            Ok((found, choice)) => Probe::Available(format!("{found}; uses {choice}")),
+            Err(error) => Probe::Unavailable(error.message().to_owned()),
+        }
     }
 
-    fn open(&self, _config: &TransportConfig) -> Result<Arc<dyn Transport>> {
-        Err(unavailable("mooncake", self.reason()))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_missing_library_is_named_with_the_way_to_get_it() {
-        let chosen = Some("/nonexistent/libtransfer_engine.so".into());
-        let provider = MooncakeProvider::new(MooncakeConfig { library: chosen, ..MooncakeConfig::default() });
-        let Probe::Unavailable(why) = provider.probe() else { panic!("found a library that does not exist") };
-        assert!(why.contains("tried /nonexistent/libtransfer_engine.so"), "{why}");
-        assert!(why.contains("CKPT_MOONCAKE_LIBRARY"), "{why}");
-    }
-
-    #[test]
-    fn a_library_without_the_c_interface_is_refused() {
-        // libc is a library that surely opens and surely is not Mooncake.
-        let chosen = Some("libc.so.6".into());
-        let provider = MooncakeProvider::new(MooncakeConfig { library: chosen, ..MooncakeConfig::default() });
-        let Probe::Unavailable(why) = provider.probe() else { panic!("took libc for Mooncake") };
-        assert!(why.contains("createTransferEngine"), "{why}");
+    fn open(&self, config: &TransportConfig) -> Result<Arc<dyn Transport>> {
+        if config.bind.is_unspecified() {
+            return Err(Error::new(
+                ErrorKind::ConfigInvalid,
+                "open the transport mooncake",
+                format!("peers cannot reach {}; bind the address of one interface", config.bind),
+            ));
+        }
+        let (found, choice) = self.find().map_err(|error| match error.kind() {
+            ErrorKind::Unavailable => unavailable("mooncake", error.message()),
+            _ => error,
+        })?;
+        Ok(Arc::new(MooncakeTransport::start(Arc::new(found.native), config.bind, choice)?))
     }
 }

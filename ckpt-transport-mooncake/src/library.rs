@@ -1,25 +1,27 @@
 //! Opening `libtransfer_engine.so` at run time.
 
-use std::fmt;
+use std::{fmt, path::PathBuf};
 
 use ckpt_core::{
     Error, ErrorKind, Result,
     transport::library::{LibrarySearch, Opened, loader_reason},
 };
 
-use crate::config::MooncakeConfig;
+use crate::{config::MooncakeConfig, native::Native};
 
 const NAMES: &[&str] = &["libtransfer_engine.so"];
 
-/// What the C interface must have at the least; a library without these is not usable.
-const SYMBOLS: &[&str] = &["createTransferEngine", "registerLocalMemory", "openSegment", "submitTransfer"];
-
 /// A library that has the C interface.
-pub(crate) struct Found(Opened<libloading::Library>);
+pub(crate) struct Found {
+    pub(crate) native: Native,
+    path: PathBuf,
+    /// It uses an NPU unless it is told to use TCP.
+    pub(crate) ascend_build: bool,
+}
 
 impl fmt::Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Mooncake's transfer engine ({})", self.0.path.display())
+        write!(f, "Mooncake's transfer engine ({})", self.path.display())
     }
 }
 
@@ -36,20 +38,23 @@ pub(crate) fn find(config: &MooncakeConfig) -> Result<Found> {
     search
         .open(|name| {
             // SAFETY: loading runs the library's initialisers. The user or the system chose this file as Mooncake's;
-            // its initialisers only set up static data. No symbol is called here.
+            // its initialisers only set up static data.
             let library = unsafe { libloading::Library::new(name) }.map_err(|error| loader_reason(&error))?;
-            match SYMBOLS.iter().find(|symbol| !has_symbol(&library, symbol)) {
-                None => Ok(library),
-                Some(symbol) => Err(format!("it has no C interface: {symbol} is missing")),
-            }
+            // SAFETY: a library with all of these names is Mooncake's.
+            unsafe { Native::new(library) }
+                .map_err(|symbol| format!("it has no C interface: {symbol} is missing"))
         })
-        .map(Found)
+        .map(|Opened { library, path }| Found {
+            native: library,
+            path,
+            ascend_build: loaded("ascend_transport"),
+        })
         .map_err(|error| explain_wheel_without_c_interface(config, error))
 }
 
-fn has_symbol(library: &libloading::Library, symbol: &str) -> bool {
-    // SAFETY: the address is only compared with null by libloading; nothing is called or read through it.
-    unsafe { library.get::<*const ()>(symbol.as_bytes()) }.is_ok()
+/// Whether a library of this name is in the process: the Ascend build brings its transport as a library of its own.
+fn loaded(name: &str) -> bool {
+    std::fs::read_to_string("/proc/self/maps").unwrap_or_default().contains(name)
 }
 
 /// The CUDA and CPU wheels hold only a Python module; whoever installed one would search long for the reason.

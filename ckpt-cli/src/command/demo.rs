@@ -40,6 +40,7 @@ tensor that they hold with the files.
 Examples:
   ckpt demo
   ckpt demo --ranks 4 --size-mib 2048
+  ckpt demo --device cuda --size-mib 4096
   ckpt demo --checkpoint-path /models/all-MiniLM-L6-v2 --dump /tmp/held --json")]
 pub(crate) struct DemoArgs {
     /// A real checkpoint; without it one is generated
@@ -57,6 +58,9 @@ pub(crate) struct DemoArgs {
     /// How bytes reach other ranks
     #[arg(long, default_value = "auto", value_name = "NAME")]
     transport: String,
+    /// Where the weights go; with cuda each rank has a GPU
+    #[arg(long, default_value = "host", value_name = "KIND")]
+    device: String,
     /// Updates to make
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1000), value_name = "N")]
     repeat: u64,
@@ -207,6 +211,7 @@ fn ckpt(log: &Path) -> anyhow::Result<Command> {
 fn start_worker(args: &DemoArgs, scratch: &Path, rank: u32) -> anyhow::Result<Child> {
     let mut command = ckpt(&worker_log(scratch, rank))?;
     command.arg("worker").arg("--uds").arg(socket(scratch, rank)).args(["--rank", &rank.to_string()]);
+    command.args(["--device", &args.device, "--local-rank", &rank.to_string()]);
     // The pipe is never written; it closes when this process dies.
     command.arg("--exit-with-parent").stdin(Stdio::piped());
     if let Some(folder) = &args.dump {
@@ -220,7 +225,7 @@ async fn update(args: &DemoArgs, checkpoint: &Path, scratch: &Path) -> anyhow::R
     let log = scratch.join("update.log");
     let mut command = ckpt(&log)?;
     command.args(["launch", "--nproc-per-node", &args.ranks.to_string(), "--"]).arg(program);
-    command.args(["update", "--json", "--device", "host", "--worker-protocol", "native"]);
+    command.args(["update", "--json", "--device", &args.device, "--worker-protocol", "native"]);
     command.args(["--inference-parallel-size", "1", "--transport", &args.transport]);
     command.args(["--checkpoint-name", "demo", "--repeat", &args.repeat.to_string()]);
     command.arg("--checkpoint-path").arg(checkpoint).arg("--uds").arg(scratch.join("worker-{rank}.sock"));
@@ -280,7 +285,9 @@ async fn verify(rank: u32, socket: &Path, expected: &HashMap<String, Held>) -> a
     for tensor in &held {
         match expected.get(&tensor.name) {
             None => {
-                return Err(wrong(&tensor.name, "the worker holds a tensor that the files do not have").into());
+                return Err(
+                    wrong(&tensor.name, "the worker holds a tensor that the files do not have").into()
+                );
             }
             Some(source) if source != tensor => {
                 return Err(wrong(&tensor.name, "the worker's bytes differ from the files'").into());

@@ -1,10 +1,15 @@
 //! The commands. A new one is a file here, a `mod` line and a line in the list below.
 
+mod bench;
 mod demo;
 mod doctor;
+mod instance;
+mod join;
 mod launch;
+mod metas_file;
+mod serve;
 mod update;
-mod worker;
+pub(crate) mod worker;
 
 use std::process::ExitCode;
 
@@ -30,6 +35,9 @@ macro_rules! commands {
 commands! {
     Demo(demo::DemoArgs),
     Update(update::UpdateArgs),
+    Join(join::JoinArgs),
+    Serve(serve::ServeArgs),
+    Bench(bench::BenchArgs),
     Doctor(doctor::DoctorArgs),
     Launch(launch::LaunchArgs),
     Worker(worker::WorkerArgs),

@@ -1,21 +1,22 @@
 //! `ckpt update`: one rank of an update of running engines.
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Instant};
+use std::{path::PathBuf, process::ExitCode, str::FromStr, time::Instant};
 
 use ckpt_core::{
     Error, ErrorKind, Version,
     checkpoint::{CheckpointSource, LoadOptions, Pool, load},
-    engine::{ENGINES, EngineConfig, HttpTemplate, create},
-    server::{Stages, UpdateReport, UpdateRequest},
-    update::EngineCall,
-    sink::{CheckpointEngineSink, Layout, NativeSink, NativeSinkConfig, WeightSink, WireVersion},
 };
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
+pub(crate) use super::instance::WorkerProtocol;
+use super::{
+    instance::{Done, InstanceArgs, layout},
+    join, metas_file,
+};
 use crate::{
     Context,
-    job::{JobArgs, Rank},
+    job::{Rank, Reading},
     output::{Table, format_bytes},
     progress::LoadBar,
 };
@@ -24,6 +25,7 @@ use crate::{
 #[derive(Args)]
 #[command(after_help = "\
 Run it once per inference worker, under torchrun, srun, mpirun or `ckpt launch`; every rank reads its share of the files.
+With `--update-method p2p` the ranks of --ranks (all without it) pull what the others hold, and these go on undisturbed.
 
 Examples:
   ckpt launch --nproc-per-node 8 -- ckpt update --checkpoint-path /models/qwen3-8b --endpoint http://localhost:8000
@@ -31,62 +33,72 @@ Examples:
   ckpt update --checkpoint-path model.safetensors --engine http --endpoint http://localhost:8000/reload \\
       --http-template '{\"endpoints\": \"{{endpoints}}\"}'
   ckpt launch --nproc-per-node 2 -- ckpt update --checkpoint-path DIR --uds /run/engine-{rank}.sock --worker-protocol native \\
-      --inference-parallel-size 1")]
+      --inference-parallel-size 1
+  ckpt launch --nproc-per-node 8 -- ckpt update --checkpoint-path DIR --update-method p2p --ranks 4-7 \\
+      --inference-parallel-size 4
+  CKPT_TOKEN=... ckpt launch --nproc-per-node 8 -- ckpt update --checkpoint-path DIR --save-metas-file metas.json \\
+      --sleep-time 3600     # and meanwhile, elsewhere: ckpt join --metas metas.json")]
 pub(crate) struct UpdateArgs {
     /// A .safetensors file or a folder of them
-    #[arg(long, value_name = "PATH")]
-    checkpoint_path: PathBuf,
-    /// Where the engine listens; `{rank}` stands for the rank
-    #[arg(long, default_value = "http://localhost:19730", value_name = "URL")]
-    endpoint: String,
-    /// Reach the engine through this UNIX socket instead of the endpoint's host; `{rank}` stands for the rank
-    #[arg(long, value_name = "PATH")]
-    uds: Option<String>,
-    /// Ranks of one engine; the first rank of each such group sends the engine's request
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
-    inference_parallel_size: u32,
-    /// Name under which the checkpoint is registered
-    #[arg(long, default_value = "my-checkpoint-iter-0", value_name = "NAME")]
-    checkpoint_name: String,
+    #[arg(long, value_name = "PATH", required_unless_present = "load_metas_file")]
+    checkpoint_path: Option<PathBuf>,
     /// How the weights reach the ranks
     #[arg(long, value_enum, default_value_t = Method::Broadcast)]
     update_method: Method,
-    /// What is told that an update begins
-    #[arg(long, default_value = "vllm", value_parser = clap::builder::PossibleValuesParser::new(ENGINES))]
-    engine: String,
-    /// JSON body for `--engine http`
-    #[arg(long, value_name = "JSON")]
-    http_template: Option<String>,
-    /// What the workers speak: checkpoint-engine 0.4 and newer, older ones, or ours
-    #[arg(long, value_enum, default_value_t = WorkerProtocol::Ce04)]
-    worker_protocol: WorkerProtocol,
-    /// Number of the version that is installed
-    #[arg(long, default_value_t = 1, value_name = "N")]
-    weight_version: u64,
-    /// Do the same update this many times, with rising versions
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..), value_name = "N")]
-    repeat: u64,
+    /// Ranks that a P2P update updates, `4-7` or `0,2,4-7`; without it all
+    #[arg(long, value_name = "RANKS")]
+    ranks: Option<Ranks>,
+    /// Rank 0 writes here who holds what, for others that join
+    #[arg(long, value_name = "FILE")]
+    save_metas_file: Option<PathBuf>,
+    /// Take the weights from the memory of the instance that wrote this file, as `ckpt join` does
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["checkpoint_path", "save_metas_file"])]
+    load_metas_file: Option<String>,
+    /// Accepted for checkpoint-engine's sake; use --transport
+    #[arg(long, num_args = 0..=1, default_missing_value = "", value_name = "NAME")]
+    custom_dist: Option<String>,
     #[command(flatten)]
-    job: JobArgs,
+    instance: InstanceArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Method {
+    /// Every rank sends its share to all
     Broadcast,
+    /// Some ranks pull from the others' memory
+    P2p,
+    /// A broadcast, then P2P
+    All,
 }
 
-/// The language of the worker link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum WorkerProtocol {
-    /// checkpoint-engine 0.4.0 and newer
-    #[value(name = "ce-0.4")]
-    Ce04,
-    /// checkpoint-engine before 0.4.0
-    #[value(name = "ce-0.3")]
-    Ce03,
-    /// ours: docs/worker-protocol.md
-    #[value(name = "native")]
-    Native,
+/// A list of ranks, ascending.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Ranks(Vec<u32>);
+
+/// Above any job; keeps a slip of the finger from filling the memory.
+const MAX_RANK: u32 = 1 << 20;
+
+impl FromStr for Ranks {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |text: &str| match text.trim().parse::<u32>() {
+            Ok(rank) if rank <= MAX_RANK => Ok(rank),
+            _ => Err(format!("{text:?} is not a rank; write ranks like 4-7 or 0,2,4-7")),
+        };
+        let mut ranks = Vec::new();
+        for item in text.split(',') {
+            let (first, last) = item.split_once('-').unwrap_or((item, item));
+            let (first, last) = (number(first)?, number(last)?);
+            if first > last {
+                return Err(format!("{item:?} ends before it starts"));
+            }
+            ranks.extend(first..=last);
+        }
+        ranks.sort_unstable();
+        ranks.dedup();
+        Ok(Self(ranks))
+    }
 }
 
 #[derive(Serialize)]
@@ -99,28 +111,55 @@ struct Summary {
     gather_metas_s: f64,
     /// Of the slowest rank, for each update.
     update_s: Vec<f64>,
+    /// The same by method.
+    update_s_by_method: std::collections::BTreeMap<&'static str, Vec<f64>>,
     bucket_bytes: u64,
     ring_bytes: u64,
     tensor_bytes: u64,
     tensors: u64,
     buckets: u64,
     gib_per_s: f64,
-    /// Of the last update, on rank 0.
-    stages: Stages,
+    /// Of the last update, on its lowest rank.
+    stages: serde_json::Value,
 }
 
 pub(crate) async fn run(args: UpdateArgs, context: &Context) -> anyhow::Result<ExitCode> {
-    let mut rank = Rank::start(&args.job, &context.registry).await?;
-    let result = update(&args, context, &mut rank).await;
+    if let Some(name) = &args.custom_dist {
+        tracing::warn!(name, "--custom-dist does nothing here: --transport says how bytes reach other ranks");
+    }
+    let pulls = args.update_method != Method::Broadcast;
+    let ranks = args.ranks.clone().unwrap_or_default().0;
+    if let Some(file) = &args.load_metas_file {
+        return join::join(file, None, &args.instance, &ranks, context).await;
+    }
+    if !ranks.is_empty() && !pulls {
+        return Err(wrong("a broadcast updates all ranks; use --update-method p2p with --ranks").into());
+    }
+    let reading = Reading { needed: pulls, secret: None };
+    let mut rank = Rank::start_reading(&args.instance.job, &context.registry, reading).await?;
+    let result = update(&args, ranks, context, &mut rank).await;
     rank.end(result.is_ok()).await;
     result.map(|()| ExitCode::SUCCESS)
 }
 
-async fn update(args: &UpdateArgs, context: &Context, rank: &mut Rank) -> anyhow::Result<()> {
-    let Method::Broadcast = args.update_method;
+fn wrong(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::ConfigInvalid, "update weights", message)
+}
+
+async fn update(
+    args: &UpdateArgs,
+    ranks: Vec<u32>,
+    context: &Context,
+    rank: &mut Rank,
+) -> anyhow::Result<()> {
+    if let Some(high) = ranks.last().filter(|high| **high >= rank.world_size()) {
+        return Err(wrong(format!("--ranks names rank {high} of a job of {}", rank.world_size())).into());
+    }
+    let instance = &args.instance;
     let started = Instant::now();
     let registered = {
-        let (path, name) = (args.checkpoint_path.clone(), args.checkpoint_name.clone());
+        let path = args.checkpoint_path.clone().ok_or_else(|| wrong("--checkpoint-path is missing"))?;
+        let name = instance.checkpoint_name.clone();
         let (number, world_size) = (rank.rank(), rank.world_size());
         let device = rank.server.device().clone();
         tokio::task::spawn_blocking(move || {
@@ -134,56 +173,85 @@ async fn update(args: &UpdateArgs, context: &Context, rank: &mut Rank) -> anyhow
         .await??
     };
     let load_s = started.elapsed().as_secs_f64();
-    rank.server.register(&args.checkpoint_name, registered)?;
+    rank.server.register(&instance.checkpoint_name, registered)?;
     let started = Instant::now();
-    let manifest = rank.server.gather_metas(&args.checkpoint_name).await?;
-    let tensors: Vec<_> = manifest.tensors().map(|(_, t)| t.meta.clone()).collect();
-    let layout = Arc::new(Layout::new(tensors)?);
+    let manifest = rank.server.gather_metas(&instance.checkpoint_name).await?;
+    let layout = layout(&manifest)?;
     let gather_metas_s = started.elapsed().as_secs_f64();
-
-    let mut update_s = Vec::new();
-    let mut last: Option<UpdateReport> = None;
-    for i in 0..args.repeat {
-        let request = UpdateRequest {
-            checkpoint: args.checkpoint_name.clone(),
-            version: Version(args.weight_version + i),
-            ranks: Vec::new(),
-            sink: Some(sink(args, &layout, rank)?),
-            engine: engine(args, rank)?,
-        };
-        let report = rank.server.update(request).await?;
-        update_s.push(rank.slowest("update", report.stages.total_s).await?);
-        last = Some(report);
+    if let (Some(path), Some(metas), 0) = (&args.save_metas_file, rank.server.metas(), rank.rank()) {
+        metas_file::save(path, metas).await?;
     }
-    let report =
-        last.ok_or_else(|| Error::new(ErrorKind::Internal, "update weights", "no update was made"))?;
-    if rank.rank() != 0 {
-        return Ok(());
+
+    let all_ranks: Vec<u32> = (0..rank.world_size()).collect();
+    let pulling = if ranks.is_empty() { all_ranks } else { ranks };
+    let broadcast: (&str, &[u32]) = ("broadcast", &[]);
+    let p2p: (&str, &[u32]) = ("p2p", &pulling);
+    let methods = match args.update_method {
+        Method::Broadcast => vec![broadcast],
+        Method::P2p => vec![p2p],
+        Method::All => vec![broadcast, p2p],
+    };
+    let mut version = instance.weight_version;
+    let mut done: Vec<(&str, Done)> = Vec::new();
+    for (method, ranks) in methods {
+        for _ in 0..instance.repeat {
+            done.push((method, instance.update(rank, &layout, ranks, Version(version)).await?));
+            version += 1;
+        }
+    }
+    if rank.rank() == 0 {
+        report(args, context, rank, load_s, gather_metas_s, &done)?;
+    }
+    if let Some(time) = instance.sleep_time {
+        rank.serve(time).await?;
+    }
+    Ok(())
+}
+
+fn report(
+    args: &UpdateArgs,
+    context: &Context,
+    rank: &Rank,
+    load_s: f64,
+    gather_metas_s: f64,
+    done: &[(&'static str, Done)],
+) -> anyhow::Result<()> {
+    let Some((_, last)) = done.last() else { return Ok(()) };
+    let update_s: Vec<f64> = done.iter().map(|(_, d)| d.update_s).collect();
+    let mut update_s_by_method = std::collections::BTreeMap::<_, Vec<f64>>::new();
+    for (method, one) in done {
+        update_s_by_method.entry(*method).or_default().push(one.update_s);
     }
     let best = update_s.iter().copied().fold(f64::INFINITY, f64::min);
-    let gib_per_s = report.tensor_bytes as f64 / best / (1_u64 << 30) as f64;
     let summary = Summary {
-        checkpoint: args.checkpoint_name.clone(),
+        checkpoint: args.instance.checkpoint_name.clone(),
         ranks: rank.world_size(),
         transport: rank.transport,
         device: rank.server.device().kind(),
         load_s,
         gather_metas_s,
         update_s,
-        bucket_bytes: report.bucket_bytes,
-        ring_bytes: report.ring_bytes,
-        tensor_bytes: report.tensor_bytes,
-        tensors: report.tensors,
-        buckets: report.buckets,
-        gib_per_s,
-        stages: report.stages,
+        update_s_by_method,
+        bucket_bytes: last.bucket_bytes,
+        ring_bytes: last.ring_bytes,
+        tensor_bytes: last.tensor_bytes,
+        tensors: last.tensors,
+        buckets: last.buckets,
+        gib_per_s: last.tensor_bytes as f64 / best / (1_u64 << 30) as f64,
+        stages: last.stages.clone(),
     };
-    print(&summary, context);
+    print(&summary, last, context);
     context.output.object(&summary)
 }
 
-fn print(summary: &Summary, context: &Context) {
+fn print(summary: &Summary, last: &Done, context: &Context) {
     let mut table = Table::new(&["what", "value"]);
+    let of = |seconds: &[f64]| seconds.iter().map(|s| format!("{s:.3} s")).collect::<Vec<_>>().join(", ");
+    let updates: Vec<String> = summary
+        .update_s_by_method
+        .iter()
+        .map(|(method, seconds)| format!("{method} {}", of(seconds)))
+        .collect();
     let rows = [
         (
             "checkpoint",
@@ -197,12 +265,12 @@ fn print(summary: &Summary, context: &Context) {
         ("ranks", format!("{} over {} on {}", summary.ranks, summary.transport, summary.device)),
         ("load", format!("{:.3} s", summary.load_s)),
         ("gather metas", format!("{:.3} s", summary.gather_metas_s)),
-        ("update", summary.update_s.iter().map(|s| format!("{s:.3} s")).collect::<Vec<_>>().join(", ")),
+        ("update", updates.join("; ")),
         (
             "transfer",
             format!(
                 "{:.3} s in {} buckets of up to {}",
-                summary.stages.transfer_s,
+                last.transfer_s(),
                 summary.buckets,
                 format_bytes(summary.bucket_bytes)
             ),
@@ -216,35 +284,17 @@ fn print(summary: &Summary, context: &Context) {
     context.output.table(&table);
 }
 
-/// The link to this rank's worker.
-fn sink(args: &UpdateArgs, layout: &Arc<Layout>, rank: &Rank) -> anyhow::Result<Box<dyn WeightSink>> {
-    let uuid = &rank.server.device().info().uuid;
-    Ok(match args.worker_protocol {
-        WorkerProtocol::Native => {
-            let config = NativeSinkConfig { layout: Some(layout.clone()), ..NativeSinkConfig::default() };
-            Box::new(NativeSink::bind(&rank.runtime_dir, uuid, config)?)
-        }
-        WorkerProtocol::Ce04 => {
-            Box::new(CheckpointEngineSink::bind(&rank.runtime_dir, uuid, WireVersion::Ce04)?)
-        }
-        WorkerProtocol::Ce03 => {
-            Box::new(CheckpointEngineSink::bind(&rank.runtime_dir, uuid, WireVersion::Ce03)?)
-        }
-    })
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// The engine's request, on the first rank of each engine.
-fn engine(args: &UpdateArgs, rank: &Rank) -> anyhow::Result<Option<EngineCall>> {
-    if !rank.rank().is_multiple_of(args.inference_parallel_size) {
-        return Ok(None);
+    #[test]
+    fn lists_of_ranks() {
+        let parse = |text: &str| text.parse::<Ranks>().map(|r| r.0);
+        assert_eq!(parse("4-7").unwrap(), [4, 5, 6, 7]);
+        assert_eq!(parse("6, 0,2-3,3").unwrap(), [0, 2, 3, 6]);
+        for bad in ["", "4-", "-4", "7-4", "x", "1,,2", "0-4294967295", "1-2-3"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
     }
-    let here = |text: &str| text.replace("{rank}", &rank.rank().to_string());
-    let engine = create(EngineConfig {
-        kind: args.engine.clone(),
-        endpoint: here(&args.endpoint),
-        uds: args.uds.as_deref().map(|path| PathBuf::from(here(path))),
-        template: args.http_template.as_deref().map(HttpTemplate::parse).transpose()?,
-    })?;
-    let last = rank.world_size().min(rank.rank().saturating_add(args.inference_parallel_size));
-    Ok(Some(EngineCall { engine, ranks: (rank.rank()..last).collect() }))
 }

@@ -227,8 +227,11 @@ pub(super) fn pack(len_bytes: &[u64], existing: &[u64], block_bytes: u64) -> Pac
             block += 1;
         }
         if block >= existing.len() {
-            let full =
-                block < used.len() && used[block] > 0 && used[block].saturating_add(padded) > block_bytes;
+            // A tensor without bytes fits everywhere, also behind one that is larger than a block.
+            let full = block < used.len()
+                && used[block] > 0
+                && padded > 0
+                && used[block].saturating_add(padded) > block_bytes;
             if full {
                 block += 1;
             }
@@ -257,6 +260,8 @@ mod tests {
         assert_eq!(again, first);
         let smaller = pack(&sizes[..3], &first.used, 2048);
         assert_eq!(smaller.used, [1536, 0, 0]);
+        let oversized = pack(&[2305, 0], &[], 1);
+        assert_eq!(pack(&[2305, 0], &oversized.used, 1), oversized);
         let larger = pack(&[1000, 6000], &first.used, 2048);
         assert_eq!(larger.used, [1024, 0, 0, 6144]);
     }

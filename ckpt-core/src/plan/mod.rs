@@ -76,6 +76,14 @@ pub struct UpdatePlan {
     pub digest: u64,
 }
 
+impl UpdatePlan {
+    /// The buckets that `rank` brings bytes to, ascending: it is the root of one of their segments.
+    pub fn loads(&self, rank: Rank) -> Vec<u32> {
+        let brings = |bucket: &Bucket| bucket.segments.iter().any(|s| s.root == rank);
+        (0..).zip(&self.buckets).filter(|(_, bucket)| brings(bucket)).map(|(number, _)| number).collect()
+    }
+}
+
 /// Owners that send at once, unless the user sets it: the network takes in about as much as 8 devices' host links bring.
 const DEFAULT_WINDOW: u32 = 8;
 

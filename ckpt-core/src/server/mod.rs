@@ -25,10 +25,13 @@ use crate::{
     types::{Rank, Version},
     update::{
         EngineCall, Outcome,
-        driver::{Attempt, Ended, Group, drive},
+        driver::{Attempt, Ended, Group, drive, no_broadcasts},
         trace::Trace,
     },
 };
+
+/// Communicators that are kept, each for its own set of members.
+const GROUPS_KEPT: usize = 4;
 
 /// What a parameter server is made of.
 pub struct ServerConfig {
@@ -96,7 +99,8 @@ pub struct ParameterServer {
     layouts: LayoutCache,
     /// Where the ranks of this job are, as they said it themselves.
     locations: BTreeMap<Rank, Location>,
-    group: Option<Group>,
+    /// Communicators for the next updates, the last used first.
+    groups: Vec<Group>,
     /// Rings that a worker may still have mapped after a failure.
     quarantine: Vec<Arc<dyn Ring>>,
     gathers: u64,
@@ -122,7 +126,7 @@ impl ParameterServer {
             latest: None,
             layouts: LayoutCache::default(),
             locations: BTreeMap::new(),
-            group: None,
+            groups: Vec::new(),
             quarantine: Vec::new(),
             gathers: 0,
         }
@@ -152,6 +156,11 @@ impl ParameterServer {
     /// Ranks of the job.
     pub fn world_size(&self) -> u32 {
         self.world_size
+    }
+
+    /// What P2P updates read through.
+    pub fn reader(&self) -> &Arc<dyn Transport> {
+        &self.reader
     }
 
     /// The rank's device.
@@ -206,6 +215,18 @@ impl ParameterServer {
         self.gather(&format!("barrier {name}"), Bytes::new()).await.map(drop)
     }
 
+    /// Keeps a communicator in place of the oldest. The one of all ranks stays: a rank that was not in the last few
+    /// updates still has it, and would count on it.
+    fn keep(&mut self, group: Group) {
+        self.groups.insert(0, group);
+        let all = self.world_size as usize;
+        if self.groups.len() > GROUPS_KEPT
+            && let Some(oldest) = self.groups.iter().rposition(|g| g.members.len() < all)
+        {
+            self.groups.remove(oldest);
+        }
+    }
+
     /// Collective over `request.ranks`: moves the checkpoint into every member's worker, or into none.
     ///
     /// `request.ranks` also says how: see [`UpdateRequest::ranks`].
@@ -229,16 +250,18 @@ impl ParameterServer {
             )
             .with(Key::Rank, self.rank));
         }
+        if request.ranks.len() > 1 && self.transport.collective().is_none() {
+            return Err(no_broadcasts(&*self.transport));
+        }
         let trace = Trace::default();
         let updates = self.session.updates();
         // A communicator that broke since the last update is no use to anyone.
-        self.group = self
-            .group
-            .take()
-            .filter(|g| g.members == request.ranks && g.communicator.abort.poisoned().is_none());
+        self.groups.retain(|g| g.communicator.abort.poisoned().is_none());
+        let kept = self.groups.iter().position(|g| g.members == request.ranks);
+        let group = kept.map(|index| self.groups.remove(index));
         let leader = request.ranks.first() == Some(&self.rank);
-        let token = match (leader && request.ranks.len() > 1, &self.group, self.transport.collective()) {
-            (true, None, Some(collective)) => Some(collective.create_token().await?),
+        let token = match &group {
+            None if leader => Some(new_token(&*self.transport, request.ranks.len()).await?),
             _ => None,
         };
         self.session.send(&ToHub::Join(Joining {
@@ -248,7 +271,7 @@ impl ParameterServer {
             device_uuid: self.device.info().uuid.clone(),
             endpoint: request.sink.as_ref().map(|s| s.endpoint().to_owned()),
             free_bytes: self.device.free_memory_bytes()?,
-            communicator: self.group.as_ref().map(|g| g.epoch),
+            communicator: group.as_ref().map(|g| g.epoch),
             token,
         }))?;
         let attempt = Attempt {
@@ -263,13 +286,17 @@ impl ParameterServer {
             pull,
             sink: request.sink,
             engine: request.engine,
-            group: self.group.take(),
+            group,
+            quarantine: std::mem::take(&mut self.quarantine),
             trace: trace.clone(),
         };
-        let Ended { outcome, epoch, plan, group, quarantined } =
+        let Ended { outcome, epoch, plan, group, quarantine } =
             drive(attempt, self.session.clone(), updates).await;
-        self.group = group;
-        self.quarantine.extend(quarantined);
+        if let Some(group) = group {
+            // An update of all ranks and one of some alternate without building anything anew.
+            self.keep(group);
+        }
+        self.quarantine = quarantine;
         match outcome {
             Outcome::Committed { failure: None } => Ok(UpdateReport::new(
                 request.version,
@@ -295,4 +322,12 @@ impl ParameterServer {
             .caused_by(cause)),
         }
     }
+}
+
+/// What the hub tells all members so that they find the leader. One member alone needs nobody.
+async fn new_token(transport: &dyn Transport, members: usize) -> Result<Bytes> {
+    if members == 1 {
+        return Ok(Bytes::new());
+    }
+    transport.collective().ok_or_else(|| no_broadcasts(transport))?.create_token().await
 }

@@ -13,7 +13,7 @@ use tokio::{
 };
 
 use super::{
-    BucketMessage, WeightSink, ce_message,
+    Afterwards, BucketMessage, WeightSink, ce_message,
     gate::{self, Gate, Protocol},
     zmtp::{Replier, ZmtpError},
 };
@@ -182,19 +182,20 @@ impl WeightSink for CheckpointEngineSink {
         Ok(())
     }
 
-    async fn fail(&mut self, cause: &Error, deadline: Instant) -> Result<()> {
-        let Some(link) = self.link.take() else { return Ok(()) };
+    async fn fail(&mut self, cause: &Error, deadline: Instant) -> Result<Afterwards> {
+        let Some(link) = self.link.take() else { return Ok(Afterwards::LetGo) };
         let over = self.stage == Stage::Finished
             || (self.stage == Stage::Released && self.wire == WireVersion::Ce03);
         if over {
-            return Ok(());
+            return Ok(Afterwards::LetGo);
         }
         // The worker has no deadline of its own: if it is busy for longer than this call may take, it must still hear
         // the exception when it comes back, or it would wait for ever. So this runs by itself.
         let text = cause.flattened().to_string();
         let mut telling = tokio::spawn(async move { timeout(LINGER, link.raise(&text)).await.is_ok() });
         match timeout_at(deadline.into(), &mut telling).await {
-            Ok(_) => Ok(()),
+            // It closes its socket before it drops the ring, so even a closed link says nothing.
+            Ok(_) => Ok(Afterwards::MayHold),
             Err(_) => Err(self.error(
                 ErrorKind::Timeout,
                 "tell the worker to raise",

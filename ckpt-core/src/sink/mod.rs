@@ -45,6 +45,15 @@ pub struct BucketMessage {
     pub tensors: Vec<TensorInRing>,
 }
 
+/// What a worker that was told to raise is known to do with the ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Afterwards {
+    /// It has no mapping, or none any more.
+    LetGo,
+    /// It was told, and did not say that it has let go.
+    MayHold,
+}
+
 /// One worker's link during one update, in the order of the methods. Every call ends by its deadline.
 ///
 /// After an error of any method only [`WeightSink::fail`] may follow. A worker's own words are in the error's message.
@@ -60,6 +69,7 @@ pub trait WeightSink: Send {
     async fn release(&mut self, deadline: Instant) -> Result<()>;
     /// Runs the worker's post hook; returns when the new weights are in use.
     async fn finish(&mut self, deadline: Instant) -> Result<()>;
-    /// Makes the worker raise `cause`, after the reply that it still owes. Returns when it was told or by the deadline.
-    async fn fail(&mut self, cause: &Error, deadline: Instant) -> Result<()>;
+    /// Makes the worker raise `cause`, after the reply that it still owes. Returns when it was told or by the deadline, and
+    /// says what is known of the ring: memory that a worker may still have mapped must not be freed.
+    async fn fail(&mut self, cause: &Error, deadline: Instant) -> Result<Afterwards>;
 }

@@ -15,7 +15,7 @@ use tokio::{
 };
 
 use super::{
-    BucketMessage, TensorInRing, WeightSink,
+    Afterwards, BucketMessage, TensorInRing, WeightSink,
     gate::{Gate, Protocol},
     layout::Layout,
 };
@@ -335,15 +335,15 @@ impl WeightSink for NativeSink {
         }
     }
 
-    async fn fail(&mut self, cause: &Error, deadline: Instant) -> Result<()> {
+    async fn fail(&mut self, cause: &Error, deadline: Instant) -> Result<Afterwards> {
         if self.stage == Stage::Finished {
-            return Ok(());
+            return Ok(Afterwards::LetGo);
         }
         if self.peer.as_ref().is_some_and(|p| p.half_sent) {
             // Nothing can follow half a message. A closed link makes the worker raise as well.
             self.stage = Stage::Finished;
             self.peer = None;
-            return Ok(());
+            return Ok(Afterwards::MayHold);
         }
         self.connected(deadline).await?;
         let text = cause.flattened().to_string();
@@ -359,7 +359,7 @@ impl WeightSink for NativeSink {
             }
         }
         self.stage = Stage::Finished;
-        Ok(())
+        Ok(Afterwards::LetGo)
     }
 }
 

@@ -20,7 +20,7 @@ use tokio::{
     time::timeout_at,
 };
 
-use super::{BucketMessage, WeightSink};
+use super::{Afterwards, BucketMessage, WeightSink};
 use crate::{
     device::{Buffer, BufferSlice, Ring},
     error::{Error, ErrorKind, Key, Result},
@@ -255,9 +255,9 @@ impl WeightSink for StreamSink {
         ended
     }
 
-    async fn fail(&mut self, cause: &Error, deadline: Instant) -> Result<()> {
+    async fn fail(&mut self, cause: &Error, deadline: Instant) -> Result<Afterwards> {
         if self.sender.is_none() {
-            return Ok(());
+            return Ok(Afterwards::LetGo);
         }
         // A bucket that is held is let go first, so that the ring is free when this returns; how it ended is no matter.
         if let Err(error) = self.settle("tell the consumer", deadline).await
@@ -275,8 +275,8 @@ impl WeightSink for StreamSink {
         self.ring = None;
         match told {
             // Nobody is left to be told.
-            Err(error) if error.kind() == ErrorKind::PeerLost => Ok(()),
-            other => other,
+            Err(error) if error.kind() == ErrorKind::PeerLost => Ok(Afterwards::LetGo),
+            other => other.map(|()| Afterwards::LetGo),
         }
     }
 }

@@ -348,6 +348,7 @@ impl State {
                 let event = Event::Prepared {
                     plan_digest: self.model.plan.digest,
                     waits_for: self.model.waits_for(),
+                    loads: self.model.loads(rank),
                 };
                 self.feed(rank, event)
             }

@@ -128,9 +128,9 @@ impl Registry {
 /// What an update needs of a transport.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Requirement {
-    /// Broadcasts.
+    /// Broadcasts, on the device's streams.
     pub collective: bool,
-    /// Reads of remote memory.
+    /// Reads of remote memory. The host's memory does: bytes can go to the device from there.
     pub one_sided: bool,
     /// Ranks are processes.
     pub across_processes: bool,
@@ -149,7 +149,7 @@ impl Requirement {
             "does not reach other processes".to_owned()
         } else if self.across_hosts && !can.across_hosts {
             "does not reach other hosts".to_owned()
-        } else if !can.devices.contains(&device) {
+        } else if self.collective && !can.devices.contains(&device) {
             format!("works on {}, not on device {device}", can.devices.join(", "))
         } else {
             return Ok(());

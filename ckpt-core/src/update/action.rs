@@ -36,7 +36,8 @@ pub enum Action {
         /// The attempt.
         epoch: Epoch,
     },
-    /// Start H2D of this rank's own segments of the bucket. No answer: the exchange follows on the device.
+    /// Start H2D of this rank's own segments of the bucket; asked for only where it has some, and not always in plan
+    /// order. No answer: the exchange follows on the device.
     Load {
         /// Index in the plan.
         bucket: u32,
@@ -127,6 +128,8 @@ pub enum Event {
         plan_digest: u64,
         /// `waits_for` of each bucket, in plan order.
         waits_for: Vec<Option<u32>>,
+        /// The buckets that this rank brings bytes to: [`crate::plan::UpdatePlan::loads`].
+        loads: Vec<u32>,
     },
     /// From the hub.
     Go {

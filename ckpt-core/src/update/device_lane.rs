@@ -11,7 +11,7 @@ use tokio::{
     sync::{Semaphore, mpsc, oneshot},
     task::JoinHandle,
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Event,
@@ -41,8 +41,11 @@ struct InFlight {
 /// first one later.
 const PULLS_AT_ONCE: usize = 2;
 
-/// A pull that was asked for: with what the exchange has still to wait for.
-type Pulled = oneshot::Receiver<Result<Option<DeviceEvent>>>;
+/// How a pull ended: with what the exchange has still to wait for.
+type PullOutcome = Result<Option<DeviceEvent>>;
+type Pulled = oneshot::Receiver<PullOutcome>;
+/// A bucket to be pulled, and who waits for it.
+type PullOrder = (u32, oneshot::Sender<PullOutcome>);
 
 struct Exchange {
     bucket: u32,
@@ -62,6 +65,9 @@ pub(super) struct DeviceWork {
     /// `None` for a group of one.
     pub(super) communicator: Option<Communicator>,
     pub(super) bucket_deadline: Duration,
+    /// For the watch over broadcasts: other ranks' workers may hold a bucket up before it moves. The machine keeps the
+    /// clock of each bucket and names who is late.
+    pub(super) exchange_deadline: Duration,
 }
 
 /// The driver's end.
@@ -73,8 +79,10 @@ pub(super) struct DeviceLane {
     h2d: Arc<dyn Stream>,
     loads: BTreeMap<u32, (DeviceEvent, Duration)>,
     puller: Option<Arc<Puller>>,
-    pulls: Option<mpsc::UnboundedSender<(u32, oneshot::Sender<Result<Option<DeviceEvent>>>)>>,
+    pulls: Option<mpsc::UnboundedSender<PullOrder>>,
     pulled: BTreeMap<u32, Pulled>,
+    /// All tasks that pull: they hold the ring.
+    pulling: TaskTracker,
     /// Ends the wait for pulls.
     stop: CancellationToken,
     exchanges: mpsc::UnboundedSender<Exchange>,
@@ -101,6 +109,7 @@ impl DeviceLane {
         let (exchanges, exchange_inbox) = mpsc::unbounded_channel();
         let (in_flight, watch_inbox) = mpsc::unbounded_channel();
         let stop = CancellationToken::new();
+        let pulling = TaskTracker::new();
         let pulls = work.puller.clone().map(|puller| {
             let (pulls, inbox) = mpsc::unbounded_channel();
             let task = PullTask {
@@ -111,8 +120,9 @@ impl DeviceLane {
                 limit: work.bucket_deadline * PULLS_AT_ONCE as u32,
                 trace: trace.clone(),
                 inbox,
+                pulling: pulling.clone(),
             };
-            tokio::spawn(stop.clone().run_until_cancelled_owned(task.run(stop.clone())));
+            pulling.spawn(stop.clone().run_until_cancelled_owned(task.run(stop.clone())));
             pulls
         });
         let exchange = ExchangeTask {
@@ -121,13 +131,19 @@ impl DeviceLane {
             net,
             queue,
             stop: stop.clone(),
-            bucket_deadline: work.bucket_deadline,
+            deadline: work.exchange_deadline,
             trace: trace.clone(),
             events: events.clone(),
             inbox: exchange_inbox,
             in_flight,
         };
-        let watch = WatchTask { abort: abort.clone(), trace: trace.clone(), events, inbox: watch_inbox };
+        let watch = WatchTask {
+            plan: work.plan.clone(),
+            abort: abort.clone(),
+            trace: trace.clone(),
+            events,
+            inbox: watch_inbox,
+        };
         Ok(Self {
             rank: work.rank,
             plan: work.plan,
@@ -138,6 +154,7 @@ impl DeviceLane {
             puller: work.puller,
             pulls,
             pulled: BTreeMap::new(),
+            pulling,
             stop,
             exchanges,
             exchange_task: tokio::spawn(exchange.run()),
@@ -205,9 +222,25 @@ impl DeviceLane {
         }
     }
 
+    /// Aborts what is under way and waits, at most `limit`, until this lane touches the ring no more.
+    pub(super) async fn stop(self, limit: Duration) {
+        self.abort(Error::new(ErrorKind::Aborted, "update weights", "the update has ended"));
+        let Self { exchanges, pulls, pulling, mut exchange_task, mut watch_task, .. } = self;
+        drop((exchanges, pulls));
+        pulling.close();
+        let all = async { tokio::join!(&mut exchange_task, &mut watch_task, pulling.wait()) };
+        if tokio::time::timeout(limit, all).await.is_err() {
+            exchange_task.abort();
+            watch_task.abort();
+        }
+    }
+
     /// Ends the lane after the last bucket; returns the communicator for the next update if it is still healthy.
     pub(super) async fn finish(self, limit: Duration) -> Option<Communicator> {
-        drop(self.exchanges);
+        drop((self.exchanges, self.pulls));
+        self.pulling.close();
+        // They have answered and have nothing left to do but to end, which drops the ring.
+        tokio::time::timeout(limit, self.pulling.wait()).await.ok()?;
         let queue = tokio::time::timeout(limit, self.exchange_task).await.ok()?.ok()??;
         tokio::time::timeout(limit, self.watch_task).await.ok()?.ok()?;
         let abort = self.abort?;
@@ -222,6 +255,7 @@ struct PullTask {
     h2d: Arc<dyn Stream>,
     limit: Duration,
     trace: Trace,
+    pulling: TaskTracker,
     inbox: mpsc::UnboundedReceiver<(u32, oneshot::Sender<Result<Option<DeviceEvent>>>)>,
 }
 
@@ -233,7 +267,7 @@ impl PullTask {
             let Ok(place) = places.clone().acquire_owned().await else { return };
             let (plan, puller, h2d) = (self.plan.clone(), self.puller.clone(), self.h2d.clone());
             let (trace, limit) = (self.trace.clone(), self.limit);
-            tokio::spawn(stop.clone().run_until_cancelled_owned(async move {
+            self.pulling.spawn(stop.clone().run_until_cancelled_owned(async move {
                 let start = trace.now();
                 let outcome = puller.pull(&plan.buckets[bucket as usize], &*h2d, limit).await;
                 drop(place);
@@ -251,7 +285,7 @@ struct ExchangeTask {
     net: Arc<dyn Stream>,
     queue: Option<Box<dyn CommunicatorQueue>>,
     stop: CancellationToken,
-    bucket_deadline: Duration,
+    deadline: Duration,
     trace: Trace,
     events: mpsc::UnboundedSender<Event>,
     inbox: mpsc::UnboundedReceiver<Exchange>,
@@ -266,7 +300,8 @@ impl ExchangeTask {
                 // The watch task ends only with its channel, which this task holds.
                 Ok(in_flight) => drop(self.in_flight.send(in_flight)),
                 Err(cause) => {
-                    let _ = self.events.send(Event::Failed { cause: cause.with(Key::Bucket, bucket) });
+                    let cause = of_members(cause, &self.plan).with(Key::Bucket, bucket);
+                    let _ = self.events.send(Event::Failed { cause });
                     return None;
                 }
             }
@@ -285,7 +320,7 @@ impl ExchangeTask {
             }
         };
         let start = self.trace.now();
-        let deadline = Instant::now() + self.bucket_deadline;
+        let deadline = Instant::now() + self.deadline;
         let exchanged = match &mut self.queue {
             None => None,
             Some(queue) => {
@@ -314,6 +349,7 @@ impl ExchangeTask {
 }
 
 struct WatchTask {
+    plan: Arc<UpdatePlan>,
     abort: Option<Arc<dyn AbortHandle>>,
     trace: Trace,
     events: mpsc::UnboundedSender<Event>,
@@ -326,7 +362,9 @@ impl WatchTask {
             let bucket = in_flight.bucket;
             let event = match self.complete(in_flight).await {
                 Ok(()) => Event::Exchanged { bucket },
-                Err(cause) => Event::Failed { cause: cause.with(Key::Bucket, bucket) },
+                Err(cause) => {
+                    Event::Failed { cause: of_members(cause, &self.plan).with(Key::Bucket, bucket) }
+                }
             };
             let failed = matches!(event, Event::Failed { .. });
             let _ = self.events.send(event);
@@ -355,6 +393,19 @@ impl WatchTask {
             Some(cause) => Err(cause),
             None => Ok(()),
         }
+    }
+}
+
+/// Transports count the members of a group; people count the ranks of the job.
+fn of_members(cause: Error, plan: &UpdatePlan) -> Error {
+    let index = cause.get(Key::Rank).and_then(|index| index.parse::<usize>().ok());
+    match index.and_then(|index| plan.members.get(index).map(|rank| (index, *rank))) {
+        Some((index, rank)) if cause.kind() == ErrorKind::PeerLost && rank as usize != index => {
+            Error::new(cause.kind(), "broadcast", cause.message())
+                .recovery_is(cause.recovery())
+                .with(Key::Rank, rank)
+        }
+        _ => cause,
     }
 }
 

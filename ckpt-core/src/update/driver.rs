@@ -69,6 +69,8 @@ pub(crate) struct Attempt {
     pub(crate) sink: Option<Box<dyn WeightSink>>,
     pub(crate) engine: Option<EngineCall>,
     pub(crate) group: Option<Group>,
+    /// Rings of failed updates that a worker may still have mapped.
+    pub(crate) quarantine: Vec<Arc<dyn Ring>>,
     pub(crate) trace: Trace,
 }
 
@@ -79,8 +81,31 @@ pub(crate) struct Ended {
     pub(crate) plan: Option<Arc<UpdatePlan>>,
     /// For the next update, if all went well.
     pub(crate) group: Option<Group>,
-    /// A ring that a worker may still have mapped.
-    pub(crate) quarantined: Option<Arc<dyn Ring>>,
+    /// Rings that a worker may still have mapped.
+    pub(crate) quarantine: Vec<Arc<dyn Ring>>,
+}
+
+/// Tells the hub of an update whose caller went away in the middle: nobody else would, and all others would wait.
+struct Cancelled {
+    session: Session,
+    rank: Rank,
+    epoch: Option<Epoch>,
+    over: bool,
+}
+
+impl Drop for Cancelled {
+    fn drop(&mut self) {
+        if !self.over {
+            let cause = Error::new(
+                ErrorKind::Aborted,
+                "update weights",
+                "the caller cancelled its call in the middle of the update",
+            );
+            let cause = cause.with(Key::Rank, self.rank);
+            // A hub that is gone needs no telling.
+            let _ = self.session.send(&ToHub::Failed { epoch: self.epoch, cause });
+        }
+    }
 }
 
 struct Prepared {
@@ -114,13 +139,17 @@ pub(crate) async fn drive(mut attempt: Attempt, session: Session, mut updates: U
         ring: None,
         group_head: None,
         aborted: false,
+        cancelled: Cancelled { session: session.clone(), rank: attempt.rank, epoch: None, over: false },
         session,
         attempt,
     };
-    driver.run(inbox, &mut updates).await
+    // On the heap: callers nest this future in theirs, and threads of tests and of Python have small stacks.
+    Box::pin(driver.run(inbox, &mut updates)).await
 }
 
 struct Driver {
+    /// The first field, so dropped first: the hub hears the cause before the others see its consequences.
+    cancelled: Cancelled,
     machine: UpdateMachine,
     events: mpsc::UnboundedSender<Event>,
     worker: Option<WorkerLane>,
@@ -185,6 +214,7 @@ impl Driver {
             ToRank::Begin { epoch, members, communicator } => {
                 trace.end(stage.0, None, stage.1);
                 self.epoch = Some(epoch);
+                self.cancelled.epoch = Some(epoch);
                 self.members = members.clone();
                 Some(Event::Begun { epoch, members, communicator })
             }
@@ -223,7 +253,13 @@ impl Driver {
                     manifest: self.attempt.manifest.clone(),
                 });
             }
-            Action::SendOpened { epoch } => self.session.send(&ToHub::Opened { epoch })?,
+            Action::SendOpened { epoch } => {
+                if self.worker.is_some() {
+                    // The worker is in this update, so it has left the failed one behind.
+                    self.attempt.quarantine.clear();
+                }
+                self.session.send(&ToHub::Opened { epoch })?;
+            }
             Action::Load { bucket } => self.device_lane()?.load(bucket)?,
             Action::Exchange { bucket } => self.device_lane()?.exchange(bucket),
             Action::Publish { bucket } => self.worker()?.call(Call::Deliver { bucket }),
@@ -317,6 +353,7 @@ impl Driver {
             puller: puller.map(Arc::new),
             communicator: group.map(|g| g.communicator),
             bucket_deadline: self.attempt.deadlines.bucket,
+            exchange_deadline: self.attempt.deadlines.total,
         };
         let lane =
             DeviceLane::spawn(&*self.attempt.device, work, self.attempt.trace.clone(), self.events.clone())?;
@@ -330,6 +367,7 @@ impl Driver {
         Ok(Event::Prepared {
             plan_digest: plan.digest,
             waits_for: plan.buckets.iter().map(|b| b.waits_for).collect(),
+            loads: plan.loads(self.attempt.rank),
         })
     }
 
@@ -365,7 +403,7 @@ impl Driver {
     /// Poison first, abort then, tell the worker last: nothing is published from a poisoned epoch.
     fn abort_local(&mut self, cause: Error) {
         self.aborted = true;
-        if let Some(prepare) = self.prepare.take() {
+        if let Some(prepare) = &self.prepare {
             prepare.abort();
         }
         if let Some(lane) = &self.device_lane {
@@ -379,31 +417,39 @@ impl Driver {
 
     async fn end(mut self, outcome: Outcome) -> Ended {
         let limit = self.attempt.deadlines.abort;
-        if let Some(prepare) = self.prepare.take() {
-            prepare.abort();
-        }
+        self.cancelled.over = true;
         let well = matches!(outcome, Outcome::Committed { failure: None });
         if let (Some(task), false) = (&self.engine_task, well) {
             // The worker was told to raise; the engine's answer says nothing new.
             task.abort();
         }
+        let stopped = async {
+            if let Some(prepare) = self.prepare.take() {
+                prepare.abort();
+                // It may hold the ring, or have it in its result. Once aborted it ends at its next step.
+                let _ = tokio::time::timeout(limit, prepare).await;
+            }
+            if let Some(lane) = self.device_lane.take_if(|_| !well) {
+                lane.stop(limit).await;
+            }
+        };
+        let let_go = async {
+            match self.worker.take() {
+                Some(worker) => Some(worker.finished(limit * 2).await),
+                None => None,
+            }
+        };
+        let ((), let_go) = tokio::join!(stopped, let_go);
         if well {
             self.end_device_lane().await;
-        } else if let Some(lane) = self.device_lane.take() {
-            lane.abort(Error::new(ErrorKind::Aborted, "update weights", "the update has ended"));
         }
         // After a failure all members start afresh, so that none is left with a communicator that others lack.
-        let decided = matches!(outcome, Outcome::Committed { .. });
-        let group = self.attempt.group.take().filter(|_| decided);
-        let quarantined = match self.worker.take() {
-            Some(worker) => {
-                let quarantine = worker.finished(limit * 2).await;
-                let ring = quarantine.ring.or_else(|| self.ring.take());
-                ring.filter(|_| !quarantine.worker_let_go)
-            }
-            None => None,
-        };
-        Ended { outcome, epoch: self.epoch, plan: self.plan, group, quarantined }
+        let group = self.attempt.group.take().filter(|_| well);
+        let mut quarantine = std::mem::take(&mut self.attempt.quarantine);
+        if let Some(let_go) = let_go.filter(|q| !q.worker_let_go) {
+            quarantine.extend(let_go.ring.or_else(|| self.ring.take()));
+        }
+        Ended { outcome, epoch: self.epoch, plan: self.plan, group, quarantine }
     }
 
     /// After the last bucket: takes the communicator out of the lane, for the next update.
@@ -473,19 +519,20 @@ async fn connect(
             token
         }
     };
-    let collective = transport.collective().ok_or_else(|| {
-        Error::new(
-            ErrorKind::Unsupported,
-            "join a group",
-            format!("transport `{}` has no broadcasts; choose another with --transport", transport.name()),
-        )
-    })?;
+    let collective = transport.collective().ok_or_else(|| no_broadcasts(transport))?;
     let index = members.binary_search(&rank).map_err(|_| {
         Error::new(ErrorKind::ConfigInvalid, "join a group", format!("rank {rank} is not among the members"))
     })?;
     let spec = GroupSpec { token, rank: index as u32, world_size: members.len() as u32, epoch };
     let communicator = collective.join(spec, deadline).await?;
     Ok(Some(Group { epoch, members, communicator }))
+}
+
+/// A transport that cannot serve a group.
+pub(crate) fn no_broadcasts(transport: &dyn Transport) -> Error {
+    let message =
+        format!("transport `{}` has no broadcasts; choose another with --transport", transport.name());
+    Error::new(ErrorKind::Unsupported, "join a group", message)
 }
 
 /// Completes when there is a task and it has ended.

@@ -2,12 +2,16 @@
 //!
 //! Each wait of `docs/ARCHITECTURE.md`'s "life of one bucket" is one method or one condition here, named by a [`Rule`].
 
+mod failure;
 mod fingerprint;
 #[cfg(test)]
 mod tests;
 mod timers;
 
-use std::{collections::VecDeque, time::Duration};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    time::Duration,
+};
 
 pub(crate) use self::timers::close_after;
 use super::{Action, Event, Outcome, Rule};
@@ -106,8 +110,10 @@ pub struct UpdateMachine {
     written: u32,
     /// When each was enqueued.
     written_at: Vec<Duration>,
-    /// The load of bucket `written` was asked for.
-    load_sent: bool,
+    /// Buckets that this rank brings bytes to and whose load was not asked for, ascending.
+    unloaded: BTreeSet<u32>,
+    /// Releases that the last search for an early load knew of: nothing new, nothing to find.
+    searched: Option<u32>,
     exchanged: Vec<bool>,
     exchanged_count: u32,
     last_exchanged: Duration,
@@ -153,7 +159,8 @@ impl UpdateMachine {
             waits_for: Vec::new(),
             written: 0,
             written_at: Vec::new(),
-            load_sent: false,
+            unloaded: BTreeSet::new(),
+            searched: None,
             exchanged: Vec::new(),
             exchanged_count: 0,
             last_exchanged: start,
@@ -203,7 +210,9 @@ impl UpdateMachine {
                     self.epoch = Some(epoch);
                 }
             }
-            Event::Prepared { plan_digest, waits_for } => self.prepared(plan_digest, waits_for, now),
+            Event::Prepared { plan_digest, waits_for, loads } => {
+                self.prepared(plan_digest, waits_for, loads, now);
+            }
             Event::Go { epoch } if self.is_ours(epoch) && self.stage == Stage::Ready => self.go(epoch, now),
             Event::SinkOpened => self.sink_opened(now),
             Event::AllOpened { epoch } if self.is_ours(epoch) && self.stage == Stage::Moving => {
@@ -293,7 +302,7 @@ impl UpdateMachine {
 
     // ---- before bytes move ----
 
-    fn prepared(&mut self, plan_digest: u64, waits_for: Vec<Option<u32>>, now: Duration) {
+    fn prepared(&mut self, plan_digest: u64, waits_for: Vec<Option<u32>>, loads: Vec<u32>, now: Duration) {
         let Some(epoch) = self.epoch else { return };
         if self.stage != Stage::Preparing {
             return;
@@ -307,6 +316,8 @@ impl UpdateMachine {
             return self.fail(cause, now);
         }
         self.exchanged = vec![false; waits_for.len()];
+        // A bucket that the plan does not have is never written, so naming it does no harm.
+        self.unloaded = loads.into_iter().collect();
         self.waits_for = waits_for;
         self.queue.push_back(Action::SendReady { epoch, plan_digest });
         self.enter(Stage::Ready, now);
@@ -361,17 +372,33 @@ impl UpdateMachine {
         if self.stage == Stage::Failing {
             return None;
         }
-        if self.load_sent {
-            self.load_sent = false;
+        if self.may_write(self.written) {
+            if self.unloaded.remove(&self.written) {
+                return Some(Action::Load { bucket: self.written });
+            }
             self.written += 1;
             self.written_at.push(now);
             return Some(Action::Exchange { bucket: self.written - 1 });
         }
-        if self.may_write(self.written) {
-            self.load_sent = true;
-            return Some(Action::Load { bucket: self.written });
+        if let Some(bucket) = self.early_load() {
+            self.unloaded.remove(&bucket);
+            return Some(Action::Load { bucket });
         }
         self.all_loaded(now)
+    }
+
+    /// Exchanges keep the plan's order, loads need not: while the next bucket waits for its place, a later one whose place
+    /// is free already can be on its way. So a large tensor comes in while small ones pass through the rest of the ring.
+    fn early_load(&mut self) -> Option<u32> {
+        let released = if self.config.has_worker { self.acked } else { self.exchanged_count };
+        if self.searched == Some(released) {
+            return None;
+        }
+        let found = self.unloaded.iter().copied().find(|b| self.may_write(*b));
+        if found.is_none() {
+            self.searched = Some(released);
+        }
+        found
     }
 
     /// The local reader of `bucket` is through: the worker, or on a rank without one the exchange itself.
@@ -522,139 +549,5 @@ impl UpdateMachine {
     fn end_committed(&mut self, otherwise: Option<Error>, now: Duration) {
         let failure = self.closed.take().flatten().or(self.failure.take()).or(otherwise);
         self.end(Outcome::Committed { failure }, now);
-    }
-
-    // ---- failure ----
-
-    /// Something of this rank's failed.
-    fn fail(&mut self, cause: Error, now: Duration) {
-        let cause = cause.with(Key::Rank, self.config.rank);
-        match self.stage {
-            Stage::Joining | Stage::Preparing | Stage::Ready | Stage::Moving => {
-                self.queue.clear();
-                self.report(cause.clone(), now);
-                self.fall(cause, now);
-            }
-            Stage::Loaded => {
-                // All may have loaded and the hub decided: only its answer says which way this attempt went.
-                if self.failure.is_none() {
-                    self.report(cause.clone(), now);
-                    self.failure = Some(cause.clone());
-                    if !self.keeps(Rule::HoldAfterLoaded) {
-                        self.fall(cause, now);
-                    }
-                }
-            }
-            Stage::Releasing | Stage::PostHook => {
-                self.queue.clear();
-                self.failure.get_or_insert(cause.clone());
-                self.settle(cause, now);
-            }
-            Stage::Engine => {
-                self.failure.get_or_insert(cause);
-                self.finish(now);
-            }
-            Stage::Settling | Stage::Finished => {
-                self.failure.get_or_insert(cause);
-            }
-            Stage::Failing => {
-                if !self.keeps(Rule::AbortOnce) {
-                    self.aborted = false;
-                    self.abort_local(cause);
-                }
-            }
-            Stage::Ended => {}
-        }
-    }
-
-    fn report(&mut self, cause: Error, now: Duration) {
-        if self.reported.is_none() {
-            self.reported = Some(now);
-            self.queue.push_back(Action::SendFailed { epoch: self.epoch, cause });
-        }
-    }
-
-    /// Nothing of this attempt will be published here any more.
-    fn fall(&mut self, cause: Error, now: Duration) {
-        self.enter(Stage::Failing, now);
-        self.failure = Some(cause.clone());
-        self.abort_local(cause);
-    }
-
-    fn abort_local(&mut self, cause: Error) {
-        if !self.aborted {
-            self.aborted = true;
-            self.queue.push_back(Action::AbortLocal { cause });
-        }
-    }
-
-    fn hub_aborted(&mut self, epoch: Option<Epoch>, cause: Error, now: Duration) {
-        let crossed = self.stage == Stage::Failing && (self.epoch.is_none() || epoch.is_none());
-        if epoch != self.epoch && !crossed && self.keeps(Rule::ForeignEpoch) {
-            return;
-        }
-        match self.stage {
-            Stage::Joining | Stage::Preparing | Stage::Ready | Stage::Moving | Stage::Loaded => {
-                self.hub_settled = true;
-                self.queue.clear();
-                self.fall(cause, now);
-            }
-            Stage::Failing => {
-                self.hub_settled = true;
-                if self.keeps(Rule::FirstCause) && !self.in_doubt {
-                    self.failure = Some(cause);
-                }
-                self.maybe_end(now);
-            }
-            // Decided: what comes after is told with Closed.
-            _ => {}
-        }
-    }
-
-    fn hub_lost(&mut self, cause: Error, now: Duration) {
-        match self.stage {
-            Stage::Joining | Stage::Preparing | Stage::Ready | Stage::Moving => {
-                self.hub_settled = true;
-                self.queue.clear();
-                self.fall(cause.with(Key::Rank, self.config.rank), now);
-            }
-            Stage::Loaded => self.doubt(cause, now),
-            Stage::Failing => {
-                self.hub_settled = true;
-                self.maybe_end(now);
-            }
-            Stage::Releasing | Stage::PostHook | Stage::Settling | Stage::Engine => {
-                self.hub_gone.get_or_insert(cause);
-            }
-            Stage::Finished => self.end_committed(Some(cause), now),
-            Stage::Ended => {}
-        }
-    }
-
-    /// Everything is loaded and the decision cannot be heard.
-    fn doubt(&mut self, cause: Error, now: Duration) {
-        self.in_doubt = self.keeps(Rule::DoubtWithoutHub);
-        self.hub_settled = true;
-        self.fall(cause.with(Key::Rank, self.config.rank), now);
-    }
-
-    fn maybe_end(&mut self, now: Duration) {
-        if self.abort_done && self.hub_settled {
-            self.end_failed(now);
-        }
-    }
-
-    fn end_failed(&mut self, now: Duration) {
-        let cause = match self.failure.take() {
-            Some(cause) => cause,
-            None => self.error(ErrorKind::Internal, "the update failed without a cause"),
-        };
-        let outcome = if self.in_doubt { Outcome::InDoubt { cause } } else { Outcome::Failed { cause } };
-        self.end(outcome, now);
-    }
-
-    fn end(&mut self, outcome: Outcome, now: Duration) {
-        self.enter(Stage::Ended, now);
-        self.queue.push_back(Action::End(outcome));
     }
 }

@@ -20,7 +20,7 @@ use crate::{
     error::{Error, Result},
     manifest::Manifest,
     plan::{self, UpdatePlan},
-    sink::WeightSink,
+    sink::{Afterwards, WeightSink},
 };
 
 /// What the lane is asked to do, in order.
@@ -132,7 +132,8 @@ impl Lane {
             tracing::warn!(%error, "the worker could not be told of the failure");
         }
         self.tell(Event::AbortDone);
-        Quarantine { worker_let_go: told.is_ok() || self.ring.is_none(), ring: self.ring }
+        let worker_let_go = self.ring.is_none() || matches!(told, Ok(Afterwards::LetGo));
+        Quarantine { worker_let_go, ring: self.ring }
     }
 
     async fn perform(&mut self, call: Call) -> Result<Event> {

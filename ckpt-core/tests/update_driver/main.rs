@@ -6,3 +6,5 @@
 mod failures;
 mod moves;
 mod support;
+mod watch;
+mod worker;

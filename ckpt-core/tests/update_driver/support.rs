@@ -1,38 +1,26 @@
 //! Parameter servers as tasks of one process, on watched devices and transports, with workers that check every byte.
 
-use std::{
-    collections::BTreeMap,
-    net::Ipv4Addr,
-    ops::Range,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
-    },
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, net::Ipv4Addr, ops::Range, sync::Arc, time::Duration};
 
-use async_trait::async_trait;
-use bytes::Bytes;
 use ckpt_core::{
-    DType, Error, ErrorKind, Result, Version,
+    DType, Result, Version,
     checkpoint::{CheckpointSource, LoadOptions, NamedTensor, Pool, load},
     control::{Hub, HubAddress, HubOptions, Session, SessionConfig, Token},
     deadlines::Deadlines,
-    device::{
-        Buffer, BufferSlice, DeviceBackend, DeviceConfig, DeviceInfo, MemoryKind, Ring, RingExport, Stream,
-        host::HostDevice,
-    },
+    device::{DeviceConfig, host::HostDevice},
     plan::PlanLimits,
     server::{ParameterServer, ServerConfig, UpdateReport, UpdateRequest},
-    sink::{BucketMessage, WeightSink},
-    transport::{
-        Capability, Collective, CollectiveOp, Communicator, CommunicatorQueue, GroupSpec, OneSided,
-        Transport, TransportConfig, TransportProvider, local::LocalProvider, tcp::TcpProvider,
-    },
+    sink::WeightSink,
+    transport::{TransportConfig, TransportProvider, local::LocalProvider, tcp::TcpProvider},
     types::TensorMeta,
     update::EngineCall,
 };
-use tokio::{sync::watch, task::JoinSet};
+use tokio::task::JoinSet;
+
+use crate::{
+    watch::{Watched, WatchedDevice, WatchedTransport},
+    worker::{TestSink, Worker},
+};
 
 /// Nothing here takes so long unless it hangs.
 pub const LONG: Duration = Duration::from_secs(60);
@@ -218,8 +206,6 @@ impl Cluster {
 
 pub type Called<'a, T> = std::pin::Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-// ---- checkpoints ----
-
 /// Tensors of `sizes` bytes with recognisable contents.
 pub fn tensors(sizes: impl IntoIterator<Item = u64>, salt: u8) -> CheckpointSource {
     let each = (0..).zip(sizes).map(|(number, size)| {
@@ -258,7 +244,7 @@ fn named(meta: TensorMeta, salt: u8) -> NamedTensor {
 }
 
 /// What a worker must hold in the end.
-pub struct Expected(BTreeMap<String, (TensorMeta, Vec<u8>)>);
+pub struct Expected(pub BTreeMap<String, (TensorMeta, Vec<u8>)>);
 
 impl Expected {
     pub fn of(source: &CheckpointSource) -> Arc<Self> {
@@ -268,360 +254,9 @@ impl Expected {
     }
 }
 
-// ---- devices and transports ----
-
-/// What a rank did.
-#[derive(Default)]
-pub struct Watched {
-    /// Ring memory that exists.
-    pub live_rings: Arc<AtomicUsize>,
-    /// Groups joined.
-    pub joins: AtomicU64,
-    /// Exchanges enqueued, since the start.
-    pub enqueued: Arc<watch::Sender<u64>>,
-    /// The next allocation of a ring fails.
-    pub no_ring: Mutex<Option<Error>>,
-}
-
-#[derive(Debug)]
-struct WatchedDevice {
-    device: HostDevice,
-    watch: Arc<Watched>,
-}
-
-impl std::fmt::Debug for Watched {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Watched")
-    }
-}
-
-impl DeviceBackend for WatchedDevice {
-    fn kind(&self) -> &'static str {
-        self.device.kind()
-    }
-    fn info(&self) -> &DeviceInfo {
-        self.device.info()
-    }
-    fn free_memory_bytes(&self) -> Result<u64> {
-        self.device.free_memory_bytes()
-    }
-    fn stream(&self, label: &'static str) -> Result<Arc<dyn Stream>> {
-        self.device.stream(label)
-    }
-    fn allocate_ring(&self, len_bytes: u64) -> Result<Arc<dyn Ring>> {
-        if let Some(error) = self.watch.no_ring.lock().unwrap().take() {
-            return Err(error);
-        }
-        let ring = self.device.allocate_ring(len_bytes)?;
-        let live = self.watch.live_rings.clone();
-        live.fetch_add(1, Ordering::SeqCst);
-        let memory = Arc::new(WatchedMemory { memory: ring.buffer(), live });
-        Ok(Arc::new(WatchedRing { ring, memory }))
-    }
-    fn pin(&self, memory: Arc<dyn Buffer>) -> Result<Arc<dyn Buffer>> {
-        self.device.pin(memory)
-    }
-    fn flush_remote_writes(&self) -> Result<()> {
-        self.device.flush_remote_writes()
-    }
-}
-
-#[derive(Debug)]
-struct WatchedRing {
-    ring: Arc<dyn Ring>,
-    memory: Arc<WatchedMemory>,
-}
-
-impl Ring for WatchedRing {
-    fn buffer(&self) -> Arc<dyn Buffer> {
-        self.memory.clone()
-    }
-    fn export(&self) -> RingExport {
-        self.ring.export()
-    }
-    fn freed(&self, range: Range<u64>) {
-        self.ring.freed(range);
-    }
-}
-
-#[derive(Debug)]
-struct WatchedMemory {
-    memory: Arc<dyn Buffer>,
-    live: Arc<AtomicUsize>,
-}
-
-impl Drop for WatchedMemory {
-    fn drop(&mut self) {
-        self.live.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
-// SAFETY: it is the buffer that it holds, which keeps the contract.
-unsafe impl Buffer for WatchedMemory {
-    fn address(&self) -> u64 {
-        self.memory.address()
-    }
-    fn len_bytes(&self) -> u64 {
-        self.memory.len_bytes()
-    }
-    fn memory(&self) -> MemoryKind {
-        self.memory.memory()
-    }
-}
-
-#[derive(Debug)]
-struct WatchedTransport {
-    transport: Arc<dyn Transport>,
-    watch: Arc<Watched>,
-}
-
-impl Transport for WatchedTransport {
-    fn name(&self) -> &'static str {
-        self.transport.name()
-    }
-    fn capability(&self) -> Capability {
-        self.transport.capability()
-    }
-    fn collective(&self) -> Option<&dyn Collective> {
-        Some(self)
-    }
-    fn one_sided(&self) -> Option<&dyn OneSided> {
-        self.transport.one_sided()
-    }
-}
-
-#[async_trait]
-impl Collective for WatchedTransport {
-    async fn create_token(&self) -> Result<Bytes> {
-        self.transport.collective().unwrap().create_token().await
-    }
-    async fn join(&self, group: GroupSpec, deadline: Instant) -> Result<Communicator> {
-        self.watch.joins.fetch_add(1, Ordering::SeqCst);
-        let Communicator { queue, abort } =
-            self.transport.collective().unwrap().join(group, deadline).await?;
-        let queue = Box::new(WatchedQueue { queue, enqueued: self.watch.enqueued.clone() });
-        Ok(Communicator { queue, abort })
-    }
-}
-
-#[derive(Debug)]
-struct WatchedQueue {
-    queue: Box<dyn CommunicatorQueue>,
-    enqueued: Arc<watch::Sender<u64>>,
-}
-
-#[async_trait]
-impl CommunicatorQueue for WatchedQueue {
-    async fn enqueue(
-        &mut self,
-        ops: Vec<CollectiveOp>,
-        stream: &Arc<dyn Stream>,
-    ) -> Result<ckpt_core::device::Event> {
-        let event = self.queue.enqueue(ops, stream).await;
-        self.enqueued.send_modify(|n| *n += 1);
-        event
-    }
-}
-
-// ---- workers ----
-
-/// What goes wrong in a worker.
-#[derive(Clone, Debug, Default)]
-pub enum Fault {
-    #[default]
-    None,
-    /// This call returns an error.
-    Raise(At),
-    /// This call never returns; it is cut short by its deadline or an abort.
-    Hang(At),
-    /// The same, and the worker cannot even be told of a failure.
-    Gone(At),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum At {
-    Open,
-    Bucket(u32),
-    Release,
-    Finish,
-}
-
-/// The test's side of one worker.
-pub struct Worker {
-    pub rank: u32,
-    pub state: Arc<State>,
-    pub fault: Fault,
-    /// Buckets before `ahead_until` are taken only once this many exchanges more than the bucket's number were enqueued.
-    pub ahead: u64,
-    pub ahead_until: u32,
-}
-
-/// What a worker has seen.
-pub struct State {
-    expected: Arc<Expected>,
-    watch: Arc<Watched>,
-    pub seen: Mutex<BTreeMap<String, u32>>,
-    pub buckets: AtomicU64,
-    /// How many calls are waiting in [`Fault::Hang`].
-    pub hanging: watch::Sender<u64>,
-    pub finished: AtomicU64,
-    pub told: Mutex<Option<String>>,
-}
-
-impl State {
-    /// The worker is as new.
-    pub fn forget(&self) {
-        self.seen.lock().unwrap().clear();
-        self.buckets.store(0, Ordering::SeqCst);
-        self.finished.store(0, Ordering::SeqCst);
-        *self.told.lock().unwrap() = None;
-    }
-}
-
-impl Worker {
-    pub fn new(rank: u32, expected: &Arc<Expected>, watch: &Arc<Watched>) -> Self {
-        let state = State {
-            expected: expected.clone(),
-            watch: watch.clone(),
-            seen: Mutex::default(),
-            buckets: AtomicU64::new(0),
-            hanging: watch::Sender::new(0),
-            finished: AtomicU64::new(0),
-            told: Mutex::default(),
-        };
-        Self { rank, state: Arc::new(state), fault: Fault::None, ahead: 0, ahead_until: 0 }
-    }
-
-    pub fn sink(&self) -> TestSink {
-        let base = *self.state.watch.enqueued.borrow();
-        TestSink {
-            endpoint: format!("test://{}", self.rank),
-            state: self.state.clone(),
-            fault: self.fault.clone(),
-            target: base + self.ahead,
-            ahead_until: self.ahead_until,
-            ring: None,
-        }
-    }
-
-    /// Every tensor came once, and the post hook ran.
-    #[track_caller]
-    pub fn assert_complete(&self) {
-        let seen = self.state.seen.lock().unwrap();
-        let expected = &self.state.expected.0;
-        assert_eq!(seen.len(), expected.len(), "rank {}: {:?}", self.rank, seen.keys());
-        assert!(seen.values().all(|n| *n == 1), "rank {}: a tensor came twice: {seen:?}", self.rank);
-        assert_eq!(self.state.finished.load(Ordering::SeqCst), 1, "rank {}", self.rank);
-        assert_eq!(*self.state.told.lock().unwrap(), None, "rank {}", self.rank);
-    }
-
-    /// What [`WeightSink::fail`] said.
-    pub fn told(&self) -> Option<String> {
-        self.state.told.lock().unwrap().clone()
-    }
-}
-
-pub struct TestSink {
-    endpoint: String,
-    state: Arc<State>,
-    fault: Fault,
-    target: u64,
-    ahead_until: u32,
-    ring: Option<Arc<dyn Buffer>>,
-}
-
-impl TestSink {
-    async fn go_wrong(&self, at: At, deadline: Instant) -> Result<()> {
-        match &self.fault {
-            Fault::Raise(when) if *when == at => {
-                Err(Error::new(ErrorKind::Backend, "load weights", format!("no parameter at {at:?}")))
-            }
-            Fault::Hang(when) | Fault::Gone(when) if *when == at => {
-                self.state.hanging.send_modify(|n| *n += 1);
-                tokio::time::sleep_until(deadline.into()).await;
-                Err(Error::new(ErrorKind::Timeout, "wait for the worker", format!("no answer at {at:?}")))
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-/// A panic in a sink would only show as a missing answer.
-fn ensure(holds: bool, message: impl FnOnce() -> String) -> Result<()> {
-    if holds { Ok(()) } else { Err(Error::new(ErrorKind::Corrupt, "check the update", message())) }
-}
-
-#[async_trait]
-impl WeightSink for TestSink {
-    fn endpoint(&self) -> &str {
-        &self.endpoint
-    }
-
-    async fn open(&mut self, ring: &dyn Ring, deadline: Instant) -> Result<()> {
-        self.go_wrong(At::Open, deadline).await?;
-        self.ring = Some(ring.buffer());
-        Ok(())
-    }
-
-    async fn deliver(&mut self, bucket: &BucketMessage, deadline: Instant) -> Result<()> {
-        if bucket.bucket < self.ahead_until {
-            let mut enqueued = self.state.watch.enqueued.subscribe();
-            let wanted = self.target + u64::from(bucket.bucket);
-            let ahead = enqueued.wait_for(|n| *n >= wanted);
-            let waited = tokio::time::timeout_at(deadline.into(), ahead).await;
-            ensure(waited.is_ok(), || {
-                format!("bucket {}: later exchanges did not start meanwhile", bucket.bucket)
-            })?;
-        }
-        self.go_wrong(At::Bucket(bucket.bucket), deadline).await?;
-        let number = self.state.buckets.fetch_add(1, Ordering::SeqCst);
-        ensure(number == u64::from(bucket.bucket), || {
-            format!("bucket {} came as number {number}", bucket.bucket)
-        })?;
-        let ring = self.ring.clone().expect("the ring is open");
-        for tensor in &bucket.tensors {
-            let (meta, bytes) = &self.state.expected.0[&*tensor.meta.name];
-            let name = &meta.name;
-            ensure(&tensor.meta == meta, || format!("{:?} instead of {meta:?}", tensor.meta))?;
-            let slice = BufferSlice::new(ring.clone(), tensor.offset..tensor.offset + meta.len_bytes())?;
-            // SAFETY: nothing writes a bucket's bytes before its ack: what these tests check under the adversary.
-            let held = unsafe { slice.as_slice() }?;
-            ensure(held == bytes.as_slice(), || format!("{name} of bucket {}: wrong bytes", bucket.bucket))?;
-            *self.state.seen.lock().unwrap().entry(name.to_string()).or_default() += 1;
-        }
-        // A worker takes a while; others run meanwhile.
-        tokio::task::yield_now().await;
-        Ok(())
-    }
-
-    async fn release(&mut self, deadline: Instant) -> Result<()> {
-        self.go_wrong(At::Release, deadline).await?;
-        self.ring = None;
-        Ok(())
-    }
-
-    async fn finish(&mut self, deadline: Instant) -> Result<()> {
-        let live = self.state.watch.live_rings.load(Ordering::SeqCst);
-        ensure(live == 0, || format!("{live} rings live on in the post hook"))?;
-        self.go_wrong(At::Finish, deadline).await?;
-        self.state.finished.fetch_add(1, Ordering::SeqCst);
-        Ok(())
-    }
-
-    async fn fail(&mut self, cause: &Error, deadline: Instant) -> Result<()> {
-        if matches!(self.fault, Fault::Gone(_)) {
-            tokio::time::sleep_until(deadline.into()).await;
-            return Err(Error::new(ErrorKind::Timeout, "tell the worker", "it does not listen"));
-        }
-        self.ring = None;
-        *self.state.told.lock().unwrap() = Some(cause.to_string());
-        Ok(())
-    }
-}
-
 /// Runs checks side by side, so that a matrix takes no longer than it must.
 pub async fn side_by_side(checks: impl IntoIterator<Item = impl Future<Output = ()> + Send + 'static>) {
-    let mut running: JoinSet<()> = checks.into_iter().collect();
+    let mut running: JoinSet<()> = checks.into_iter().map(Box::pin).collect();
     while let Some(ended) = running.join_next().await {
         if let Err(error) = ended {
             std::panic::resume_unwind(error.into_panic());

@@ -1,7 +1,7 @@
 //! The CUDA driver: its functions, its primary context, and what it says about a failed call.
 
 use std::{
-    ffi::c_char,
+    ffi::{c_char, c_void},
     fmt,
     path::PathBuf,
     sync::{Arc, OnceLock},
@@ -85,6 +85,12 @@ function_table! {
             // CUDA 13's form; the one of 12.8 has one more argument and is not used.
             copy_batch = "cuMemcpyBatchAsync_v2":
                 fn(*const u64, *const u64, *const usize, usize, *const CopyAttributes, *const usize, usize, Handle) -> i32;
+            module_load = "cuModuleLoadData": fn(*mut Handle, *const c_void) -> i32;
+            module_unload = "cuModuleUnload": fn(Handle) -> i32;
+            module_function = "cuModuleGetFunction": fn(*mut Handle, Handle, *const c_char) -> i32;
+            // Function, grid (3), block (3), shared memory, stream, arguments, more.
+            launch = "cuLaunchKernel":
+                fn(Handle, u32, u32, u32, u32, u32, u32, u32, Handle, *mut *mut c_void, *mut *mut c_void) -> i32;
             dma_buf = "cuMemGetHandleForAddressRange": fn(*mut i32, u64, usize, i32, u64) -> i32;
             flush_writes = "cuFlushGPUDirectRDMAWrites": fn(i32, i32) -> i32;
         }

@@ -9,6 +9,7 @@ mod driver;
 mod event;
 mod memory;
 mod numa;
+mod pieces;
 mod ring;
 mod stream;
 pub mod worker;
@@ -35,6 +36,7 @@ pub(crate) use driver::{Functions, IpcHandle};
 pub use event::CudaEvent;
 pub(crate) use memory::DeviceMemory;
 pub use numa::bind_current_thread;
+pub use pieces::{HostTime, PieceCopier};
 pub use ring::CudaRing;
 pub use stream::CudaStream;
 

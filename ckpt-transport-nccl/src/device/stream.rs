@@ -1,6 +1,7 @@
 //! CUDA streams: enqueue copies, keep their memory, record and wait for events.
 
 use std::{
+    ffi::c_void,
     fmt,
     sync::{
         Arc, Mutex, MutexGuard,
@@ -67,6 +68,32 @@ impl CudaStream {
         // Also after a failure: some may have been enqueued.
         keep.extend(batch.into_memory());
         enqueued
+    }
+
+    /// Enqueues a kernel with a pointer and a count as its arguments, in blocks along one dimension. `memory` is all that
+    /// it touches.
+    pub(crate) fn launch(
+        &self,
+        function: Handle,
+        blocks: u32,
+        threads: u32,
+        (mut pointer, mut count): (u64, u32),
+        memory: Vec<BufferSlice>,
+    ) -> Result<()> {
+        let Some(launch) = self.context.driver.functions.launch else {
+            let message = "the driver cannot launch kernels";
+            return Err(Error::new(ErrorKind::Unsupported, "launch a kernel", message));
+        };
+        let mut arguments: [*mut c_void; 2] =
+            [std::ptr::from_mut(&mut pointer).cast(), std::ptr::from_mut(&mut count).cast()];
+        let mut keep = self.kept();
+        keep.extend(memory);
+        // SAFETY: the function takes a pointer and a u32, which the driver copies before it returns; `keep` holds the
+        // memory until an event after the kernel has completed.
+        self.context.run("launch a kernel", |_| unsafe {
+            let arguments = arguments.as_mut_ptr();
+            launch(function, blocks, 1, 1, threads, 1, 1, 0, self.raw, arguments, std::ptr::null_mut())
+        })
     }
 
     /// [`Stream::record`] with its own type.

@@ -30,7 +30,10 @@ use ckpt_core::{
 };
 use twox_hash::XxHash3_64;
 
-use super::{CopyBatch, CudaDevice, CudaStream};
+use super::{
+    CopyBatch, CudaDevice, CudaStream,
+    pieces::{PieceCopier, worth_it},
+};
 
 /// Opens rings of CUDA memory. The worker that it is given to keeps the mapping while the ring lives.
 #[derive(Debug)]
@@ -69,6 +72,8 @@ pub struct DeviceParameters {
     allocates: bool,
     copy_limit: Duration,
     staging: Option<BufferSlice>,
+    /// For buckets of many small tensors; `None` where the device cannot.
+    copier: Option<PieceCopier>,
 }
 
 impl DeviceParameters {
@@ -83,6 +88,10 @@ impl DeviceParameters {
     pub fn new(device: Arc<CudaDevice>) -> Result<Self> {
         let stream = device.cuda_stream("copy out")?;
         let copy_limit = Duration::from_secs(30);
+        let copier = PieceCopier::load(device.clone());
+        if let Err(error) = &copier {
+            tracing::info!(%error, "small tensors are copied one by one");
+        }
         Ok(Self {
             device,
             stream,
@@ -91,6 +100,7 @@ impl DeviceParameters {
             allocates: false,
             copy_limit,
             staging: None,
+            copier: copier.ok(),
         })
     }
 
@@ -201,6 +211,42 @@ impl DeviceParameters {
         Ok(target)
     }
 
+    /// Enqueues the copies of one bucket.
+    fn enqueue(&mut self, tensors: &[TensorView<'_>]) -> Result<()> {
+        let bytes = tensors.iter().map(|tensor| tensor.meta().len_bytes()).sum();
+        let on_device = tensors.iter().all(|tensor| tensor.memory() == MemoryKind::Device);
+        if let Some(mut copier) = self.copier.take_if(|_| on_device && worth_it(tensors.len(), bytes)) {
+            let outcome = self.enqueue_pieces(tensors, &mut copier);
+            self.copier = Some(copier);
+            return outcome;
+        }
+        let mut batch = CopyBatch::with_capacity(tensors.len());
+        for tensor in tensors {
+            batch.push(&tensor.slice()?, self.target(tensor)?)?;
+        }
+        self.stream.copy_batch(batch)
+    }
+
+    fn enqueue_pieces(&mut self, tensors: &[TensorView<'_>], copier: &mut PieceCopier) -> Result<()> {
+        // All sources are in one ring. Destinations share few blocks: each is kept once in a row.
+        let mut memory: Vec<BufferSlice> =
+            tensors.first().map(TensorView::slice).transpose()?.into_iter().collect();
+        for tensor in tensors {
+            let target = match self.target(tensor) {
+                Ok(target) => target,
+                Err(error) => {
+                    copier.forget();
+                    return Err(error);
+                }
+            };
+            copier.push(tensor.address(), target.address(), target.len_bytes());
+            if !memory.last().is_some_and(|last| Arc::ptr_eq(last.buffer(), target.buffer())) {
+                memory.push(target.clone());
+            }
+        }
+        copier.run(&self.stream, memory)
+    }
+
     fn verify(&mut self, tensor: &TensorView<'_>) -> Result<()> {
         let Some(expected) = tensor.digest() else { return Ok(()) };
         let target = self.target(tensor)?.clone();
@@ -238,13 +284,13 @@ impl Apply for DeviceParameters {
         if self.allocates {
             self.allocate(&mut tensors.iter().map(TensorView::meta))?;
         }
-        let mut batch = CopyBatch::with_capacity(tensors.len());
-        for tensor in tensors {
-            batch.push(&tensor.slice()?, self.target(tensor)?)?;
-        }
-        self.stream.copy_batch(batch)?;
+        let enqueued = self.enqueue(tensors);
         // The ack that follows lets the ring's bytes be written again.
-        self.stream.record_cuda()?.wait(Instant::now() + self.copy_limit)?;
+        let done = enqueued.and_then(|()| self.stream.record_cuda()?.wait(Instant::now() + self.copy_limit));
+        if let (Err(_), Some(copier)) = (&done, &mut self.copier) {
+            copier.forget();
+        }
+        done?;
         tensors.iter().try_for_each(|tensor| self.verify(tensor))
     }
 

@@ -4,14 +4,14 @@ use std::{collections::HashMap, sync::Arc};
 
 use ckpt_core::{
     DType, ErrorKind, Result,
-    device::{BufferSlice, DeviceBackend, Ring},
+    device::{BufferSlice, DeviceBackend, Ring, Stream as _},
     sink::{BucketMessage, Layout, NativeSink, NativeSinkConfig, TensorInRing, WeightSink},
     types::TensorMeta,
     worker::{NativeWorker, UpdateSummary},
 };
 
 use super::{
-    CudaDevice,
+    CudaDevice, PieceCopier,
     tests::{pinned, soon},
     worker::{CudaMapper, DeviceParameters},
 };
@@ -68,6 +68,17 @@ impl Pair {
         tensors: &[TensorInRing],
         config: NativeSinkConfig,
     ) -> (Result<()>, Result<UpdateSummary>) {
+        self.update_in(4, ring, tensors, config).await
+    }
+
+    /// The same with so many tensors a bucket.
+    async fn update_in(
+        &mut self,
+        chunk: usize,
+        ring: &dyn Ring,
+        tensors: &[TensorInRing],
+        config: NativeSinkConfig,
+    ) -> (Result<()>, Result<UpdateSummary>) {
         let mut sink = NativeSink::bind(self.folder.path(), &self.server.info().uuid, config).unwrap();
         let endpoint = sink.endpoint().to_owned();
         let (worker, parameters) = (&mut self.worker, &mut self.parameters);
@@ -78,7 +89,7 @@ impl Pair {
                 handle.block_on(async {
                     let served: Result<()> = async {
                         sink.open(ring, soon()).await?;
-                        for (i, tensors) in tensors.chunks(4).enumerate() {
+                        for (i, tensors) in tensors.chunks(chunk).enumerate() {
                             sink.deliver(
                                 &BucketMessage { bucket: i as u32, tensors: tensors.to_vec() },
                                 soon(),
@@ -188,4 +199,53 @@ async fn an_engines_own_parameters_are_written_and_strangers_are_refused() {
     assert_eq!(taken.unwrap_err().kind(), ErrorKind::ConfigInvalid);
     let host = BufferSlice::whole(pinned(&device, &[0; 8]));
     assert_eq!(pair.parameters.insert("x", host).unwrap_err().kind(), ErrorKind::ConfigInvalid);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_small_tensors_go_by_one_kernel_whatever_their_lengths() {
+    let device = Arc::new(fake::device(0));
+    let stream = device.cuda_stream("copy out").unwrap();
+    let mut copier = PieceCopier::load(device.clone()).unwrap();
+    // Twice: the list's memory is used again. Some need several pieces, some none.
+    for round in 0..2u8 {
+        let lengths = (0..200u64).map(|i| if i == 150 { 200_001 } else { i * 31 % 700 });
+        let mut pairs = Vec::new();
+        let mut expected = Vec::new();
+        for (i, len) in lengths.enumerate() {
+            let bytes = vec![i as u8 ^ round; len as usize];
+            let from = BufferSlice::new(device.allocate(len + 3).unwrap(), 3..len + 3).unwrap();
+            let to = BufferSlice::new(device.allocate(len + 5).unwrap(), 5..len + 5).unwrap();
+            stream.copy(BufferSlice::whole(pinned(&device, &bytes)), from.clone()).unwrap();
+            expected.push(bytes);
+            pairs.push((from, to));
+        }
+        copier.copy(&stream, &pairs, soon()).unwrap();
+        for ((_, to), expected) in pairs.iter().zip(&expected) {
+            // SAFETY: the fake's device memory is host memory, and the copies are done.
+            let held = unsafe { std::slice::from_raw_parts(to.address() as *const u8, expected.len()) };
+            assert_eq!(held, expected);
+        }
+    }
+    let uneven = BufferSlice::new(device.allocate(8).unwrap(), 0..4).unwrap();
+    let whole = BufferSlice::new(device.allocate(8).unwrap(), 0..8).unwrap();
+    assert_eq!(copier.copy(&stream, &[(uneven, whole)], soon()).unwrap_err().kind(), ErrorKind::Internal);
+
+    let mut pair = Pair::new();
+    let ring = pair.server.allocate_ring(1 << 20).unwrap();
+    let mut bytes = Vec::new();
+    let tensors: Vec<TensorInRing> = (0..300u64)
+        .map(|i| {
+            let offset = bytes.len() as u64;
+            bytes.resize((offset + 1 + i) as usize, i as u8);
+            bytes.resize(bytes.len().next_multiple_of(256), 0);
+            TensorInRing { meta: meta(&format!("layer.{i}"), 1 + i), offset }
+        })
+        .collect();
+    fill(&pair.server, &*ring, &bytes).await;
+    let (served, taken) = pair.update_in(300, &*ring, &tensors, NativeSinkConfig::default()).await;
+    served.unwrap();
+    assert_eq!(taken.unwrap().buckets, 1);
+    for i in [0, 1, 77, 299] {
+        assert_eq!(pair.held(&format!("layer.{i}")), vec![i as u8; i + 1]);
+    }
 }

@@ -3,7 +3,7 @@
 use std::{
     cell::RefCell,
     collections::BTreeMap,
-    ffi::c_char,
+    ffi::{CStr, c_char, c_void},
     sync::{
         Arc, Condvar, LazyLock, Mutex,
         atomic::{AtomicI32, AtomicUsize, Ordering},
@@ -374,6 +374,60 @@ unsafe extern "C" fn event_query(event: Handle) -> i32 {
     }
 }
 
+unsafe extern "C" fn module_load(module: *mut Handle, source: *const c_void) -> i32 {
+    // SAFETY: the caller gives a zero-terminated source and room for one handle.
+    let source = unsafe {
+        *module = next();
+        CStr::from_ptr(source.cast())
+    };
+    if source.to_bytes().starts_with(b"//") { 0 } else { INVALID_VALUE }
+}
+
+unsafe extern "C" fn module_unload(_: Handle) -> i32 {
+    0
+}
+
+unsafe extern "C" fn module_function(function: *mut Handle, _: Handle, name: *const c_char) -> i32 {
+    // SAFETY: the caller gives a zero-terminated name and room for one handle.
+    let name = unsafe {
+        *function = next();
+        CStr::from_ptr(name)
+    };
+    if name == c"ckpt_copy_pieces" { 0 } else { INVALID_VALUE }
+}
+
+/// The one kernel there is: a list of pieces to copy.
+#[allow(clippy::too_many_arguments, reason = "the driver's signature")]
+unsafe extern "C" fn launch(
+    _: Handle,
+    blocks: u32,
+    _: u32,
+    _: u32,
+    threads: u32,
+    _: u32,
+    _: u32,
+    _: u32,
+    stream: Handle,
+    arguments: *mut *mut c_void,
+    _: *mut *mut c_void,
+) -> i32 {
+    // SAFETY: the kernel's arguments are a pointer and a count.
+    let (list, count) = unsafe { (*(*arguments).cast::<u64>(), *(*arguments.add(1)).cast::<u32>()) };
+    if blocks != count || threads == 0 {
+        return INVALID_VALUE;
+    }
+    enqueue(stream, move || {
+        for piece in 0..u64::from(count) {
+            // SAFETY: the list and its ranges are memory of this process that the stream's owner keeps.
+            unsafe {
+                let [from, to, bytes] = *((list + piece * 24) as *const [u64; 3]);
+                assert!(bytes <= 64 << 10, "a piece is too large");
+                std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes as usize);
+            }
+        }
+    })
+}
+
 /// The table.
 pub(super) fn functions() -> Functions {
     Functions {
@@ -413,6 +467,10 @@ pub(super) fn functions() -> Functions {
         event_record,
         event_query,
         copy_batch: None,
+        module_load: Some(module_load),
+        module_unload: Some(module_unload),
+        module_function: Some(module_function),
+        launch: Some(launch),
         dma_buf: None,
         flush_writes: None,
     }

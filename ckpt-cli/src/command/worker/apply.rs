@@ -7,6 +7,7 @@ use std::{
 
 use ckpt_core::{
     Error, ErrorKind, Result,
+    types::TensorMeta,
     worker::{Apply, TensorView},
 };
 use clap::Args;
@@ -58,6 +59,10 @@ impl Applier {
 }
 
 impl Apply for Applier {
+    fn layout(&mut self, tensors: &Arc<[TensorMeta]>) -> Result<()> {
+        self.store().layout(tensors)
+    }
+
     fn bucket(&mut self, bucket: u32, tensors: &[TensorView<'_>]) -> Result<()> {
         let faults = self.faults;
         if faults.slow_ms > 0 {
@@ -74,19 +79,18 @@ impl Apply for Applier {
         if faults.fail_at_bucket == Some(bucket) {
             return Err(asked_for(format!("bucket {bucket} fails because --fail-at-bucket asked for it")));
         }
-        let mut store = self.store();
-        for tensor in tensors {
-            store.put(tensor.meta(), tensor.bytes()?);
-        }
-        Ok(())
+        self.store().bucket(bucket, tensors)
     }
 
     fn post_hook(&mut self) -> Result<()> {
         if self.faults.fail_in_post_hook {
             return Err(asked_for("the post hook fails because --fail-in-post-hook asked for it".into()));
         }
-        self.store().complete();
-        Ok(())
+        self.store().complete()
+    }
+
+    fn failed(&mut self, cause: &Error) {
+        self.store().failed(cause);
     }
 }
 

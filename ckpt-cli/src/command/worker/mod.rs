@@ -2,7 +2,7 @@
 //! the worker side of the native protocol.
 
 mod apply;
-mod listen;
+pub(crate) mod device;
 mod serve;
 mod store;
 
@@ -20,8 +20,16 @@ use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
 
-use self::{apply::Faults, listen::Listener, serve::Engine};
-use crate::{Context, exit::Exit};
+use self::{
+    apply::Faults,
+    device::Place,
+    serve::{Device, Engine},
+};
+use crate::{
+    Context,
+    exit::Exit,
+    listen::{self, Listener},
+};
 
 /// Time that a running update gets to end by itself after SIGTERM.
 const GRACE: Duration = Duration::from_secs(5);
@@ -31,6 +39,7 @@ const GRACE: Duration = Duration::from_secs(5);
 #[command(after_help = "\
 Examples:
   ckpt worker --listen 127.0.0.1:19730
+  ckpt worker --device cuda --local-rank 1 --uds /run/user/1000/engine-1.sock
   ckpt worker --uds /run/user/1000/engine.sock --inference-parallel-size 2 --dump /tmp/held
   curl -s 127.0.0.1:19730/v1/state
 
@@ -54,7 +63,13 @@ pub(crate) struct WorkerArgs {
     /// Rank of the parameter server beside the first device; gives the devices' names
     #[arg(long, value_name = "RANK", env = "RANK", default_value_t = 0)]
     rank: u32,
-    /// Name of a device, once for each; replaces the names made from --rank
+    /// Where the weights are kept: host, cuda, or `auto` for the first that works here
+    #[arg(long, value_name = "KIND", default_value = "host")]
+    device: String,
+    /// First of the visible devices that this engine owns, for kinds other than host
+    #[arg(long, value_name = "N", env = "LOCAL_RANK", default_value_t = 0)]
+    local_rank: u32,
+    /// Name of a device on host, once for each; replaces the names made from --rank
     #[arg(long, value_name = "UUID")]
     uuid: Vec<String>,
     /// After each update write what each device holds to DIR/<uuid>.safetensors
@@ -78,7 +93,7 @@ struct Ended {
 }
 
 pub(crate) async fn run(args: WorkerArgs, context: &Context) -> anyhow::Result<ExitCode> {
-    let uuids = device_names(&args)?;
+    let places = places(&args)?;
     if let Some(folder) = &args.dump {
         std::fs::create_dir_all(folder).map_err(|error| {
             Error::new(
@@ -92,7 +107,12 @@ pub(crate) async fn run(args: WorkerArgs, context: &Context) -> anyhow::Result<E
     }
     let stop = stop_signal(args.exit_with_parent)?;
     let timeout = Duration::from_secs(args.timeout.into());
-    let engine = Arc::new(Engine::new(&uuids, args.dump.clone(), timeout, args.faults));
+    let all = crate::worker_devices();
+    let kind = device::choose(&all, &args.device)?;
+    let open = |place| kind.open(place).map(|(worker, memory)| Device::new(worker, memory));
+    let devices = places.iter().map(open).collect::<Result<Vec<_>>>()?;
+    let uuids: Vec<String> = devices.iter().map(|device| device.uuid().to_owned()).collect();
+    let engine = Arc::new(Engine::new(devices, args.dump.clone(), timeout, args.faults));
     let listener = match &args.uds {
         Some(path) => Listener::unix(path)?,
         None => Listener::tcp(args.listen).await?,
@@ -118,27 +138,31 @@ pub(crate) async fn run(args: WorkerArgs, context: &Context) -> anyhow::Result<E
     Ok(Exit::Success.into())
 }
 
-fn device_names(args: &WorkerArgs) -> Result<Vec<String>> {
+/// The devices that were asked for.
+fn places(args: &WorkerArgs) -> Result<Vec<Place>> {
     let wanted = args.inference_parallel_size as usize;
-    if args.uuid.is_empty() {
-        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-        let last = args.rank.checked_add(args.inference_parallel_size);
-        let last = last.ok_or_else(|| invalid(format!("--rank {} is too large", args.rank)))?;
-        return Ok((args.rank..last).map(|rank| format!("HOST-{host}-{rank}")).collect());
-    }
     let mut sorted = args.uuid.clone();
     sorted.sort();
     sorted.dedup();
     if sorted.len() != args.uuid.len() {
         return Err(invalid("--uuid names a device twice".into()));
     }
-    if args.inference_parallel_size != 1 && args.uuid.len() != wanted {
+    if !args.uuid.is_empty() && args.inference_parallel_size != 1 && args.uuid.len() != wanted {
         let given = args.uuid.len();
         return Err(invalid(format!(
             "--inference-parallel-size is {wanted}, but --uuid was given {given} times"
         )));
     }
-    Ok(args.uuid.clone())
+    let count = if args.uuid.is_empty() { wanted } else { args.uuid.len() };
+    let place = |i: u32| {
+        Some(Place {
+            rank: args.rank.checked_add(i)?,
+            local_rank: args.local_rank.checked_add(i)?,
+            uuid: args.uuid.get(i as usize).cloned(),
+        })
+    };
+    let places: Option<Vec<Place>> = (0..count as u32).map(place).collect();
+    places.ok_or_else(|| invalid("--rank or --local-rank is too large".into()))
 }
 
 fn invalid(message: String) -> Error {

@@ -2,9 +2,10 @@
 
 use std::{
     collections::BTreeMap,
+    hash::Hasher as _,
     path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -27,9 +28,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::{info, warn};
+use twox_hash::XxHash3_64;
 
 use super::{
     apply::{Applier, Faults},
+    device::WeightMemory,
     store::Store,
 };
 
@@ -48,26 +51,44 @@ pub(super) struct Engine {
     failed: AtomicU64,
 }
 
-struct Device {
+/// One device and its worker.
+pub(super) struct Device {
     uuid: String,
     worker: Arc<Mutex<NativeWorker>>,
     canceller: Canceller,
     store: Arc<Mutex<Store>>,
 }
 
-impl Engine {
-    pub(super) fn new(uuids: &[String], dump: Option<PathBuf>, timeout: Duration, faults: Faults) -> Self {
-        let devices = uuids.iter().map(|uuid| {
-            let worker = NativeWorker::new(uuid);
-            Device {
-                uuid: uuid.clone(),
-                canceller: worker.canceller(),
-                worker: Arc::new(Mutex::new(worker)),
-                store: Arc::default(),
-            }
-        });
+impl Device {
+    pub(super) fn new(worker: NativeWorker, memory: Box<dyn WeightMemory>) -> Self {
         Self {
-            devices: devices.collect(),
+            uuid: worker.uuid().to_owned(),
+            canceller: worker.canceller(),
+            worker: Arc::new(Mutex::new(worker)),
+            store: Arc::new(Mutex::new(Store::new(memory))),
+        }
+    }
+
+    /// The name under which the parameter server gives it an endpoint.
+    pub(super) fn uuid(&self) -> &str {
+        &self.uuid
+    }
+
+    fn store(&self) -> MutexGuard<'_, Store> {
+        // A panic while it was locked left whole tensors.
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Engine {
+    pub(super) fn new(
+        devices: Vec<Device>,
+        dump: Option<PathBuf>,
+        timeout: Duration,
+        faults: Faults,
+    ) -> Self {
+        Self {
+            devices,
             dump,
             timeout,
             faults,
@@ -145,8 +166,18 @@ impl Engine {
 fn dump_to(folder: &std::path::Path, uuid: &str, store: &Mutex<Store>) -> Result<()> {
     let name: String =
         uuid.chars().map(|c| if c.is_ascii_alphanumeric() || "-._".contains(c) { c } else { '_' }).collect();
-    let store = store.lock().unwrap_or_else(PoisonError::into_inner);
-    let tensors = store.tensors().map(|held| (&held.meta, held.bytes.as_slice()));
+    let mut store = store.lock().unwrap_or_else(PoisonError::into_inner);
+    let metas: Vec<TensorMeta> = store.tensors().cloned().collect();
+    let bytes = metas.iter().map(|meta| {
+        let mut bytes = Vec::with_capacity(meta.len_bytes() as usize);
+        store.read(&meta.name, &mut |piece| {
+            bytes.extend_from_slice(piece);
+            Ok(())
+        })?;
+        Ok(bytes)
+    });
+    let bytes = bytes.collect::<Result<Vec<_>>>()?;
+    let tensors = metas.iter().zip(bytes.iter().map(Vec::as_slice));
     write_safetensors(folder.join(format!("{name}.safetensors")), tensors).map(|_| ())
 }
 
@@ -251,17 +282,18 @@ impl<'a> From<&'a TensorMeta> for MetaState<'a> {
 async fn state(State(engine): State<Arc<Engine>>) -> Response {
     on_blocking_thread(move || {
         let each = engine.devices.iter().map(|device| {
-            let store = device.store.lock().unwrap_or_else(PoisonError::into_inner);
-            DeviceState {
+            let mut store = device.store();
+            let digests = digests(&mut store)?;
+            Ok(DeviceState {
                 uuid: device.uuid.clone(),
                 tensors: store.tensors().len(),
                 len_bytes: store.len_bytes(),
                 updates: store.updates(),
                 mixed: store.mixed(),
-                digest: digest_of_all(&store),
-            }
+                digest: digest_of_all(&digests),
+            })
         });
-        Json(each.collect::<Vec<_>>()).into_response()
+        answer(each.collect::<Result<Vec<_>>>())
     })
     .await
 }
@@ -279,14 +311,22 @@ async fn tensors(State(engine): State<Arc<Engine>>, Query(which): Query<Which>) 
             None => devices.next(),
         };
         let Some(device) = chosen else { return (StatusCode::NOT_FOUND, "no such device").into_response() };
-        let store = device.store.lock().unwrap_or_else(PoisonError::into_inner);
-        let each = store.tensors().map(|held| TensorState {
-            meta: (&held.meta).into(),
-            digest: format!("{:016x}", DigestAlgorithm::Xxh3_64.digest(&held.bytes)),
-        });
-        Json(each.collect::<Vec<_>>()).into_response()
+        let digests = digests(&mut device.store());
+        answer(digests.map(|each| {
+            let each = each.iter();
+            each.map(|(meta, digest)| TensorState { meta: meta.into(), digest: digest.clone() })
+                .map(|state| serde_json::to_value(state).unwrap_or(Value::Null))
+                .collect::<Vec<_>>()
+        }))
     })
     .await
+}
+
+fn answer(result: Result<impl Serialize>) -> Response {
+    match result {
+        Ok(value) => Json(value).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
 }
 
 /// Hashing gigabytes takes a while.
@@ -296,13 +336,25 @@ async fn on_blocking_thread(work: impl FnOnce() -> Response + Send + 'static) ->
     })
 }
 
+/// xxh3-64 of each tensor, by name, read back from the device.
+fn digests(store: &mut Store) -> Result<Vec<(TensorMeta, String)>> {
+    let metas: Vec<TensorMeta> = store.tensors().cloned().collect();
+    let each = metas.into_iter().map(|meta| {
+        let mut hasher = XxHash3_64::with_seed(0);
+        store.read(&meta.name, &mut |piece| {
+            hasher.write(piece);
+            Ok(())
+        })?;
+        Ok((meta, format!("{:016x}", hasher.finish())))
+    });
+    each.collect()
+}
+
 /// One line a tensor, `name dtype shape digest`, by name; the digest of those lines.
-fn digest_of_all(store: &Store) -> String {
+fn digest_of_all(digests: &[(TensorMeta, String)]) -> String {
     let mut lines = String::new();
-    for held in store.tensors() {
-        let meta = &held.meta;
-        let digest = DigestAlgorithm::Xxh3_64.digest(&held.bytes);
-        lines += &format!("{} {} {:?} {digest:016x}\n", meta.name, meta.dtype.safetensors_name(), meta.shape);
+    for (meta, digest) in digests {
+        lines += &format!("{} {} {:?} {digest}\n", meta.name, meta.dtype.safetensors_name(), meta.shape);
     }
     format!("{:016x}", DigestAlgorithm::Xxh3_64.digest(lines.as_bytes()))
 }

@@ -1,49 +1,68 @@
 //! The weights that one device of the reference engine holds.
 
-use std::{
-    collections::{BTreeMap, btree_map::Entry},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
-use ckpt_core::types::TensorMeta;
+use ckpt_core::{Result, types::TensorMeta, worker::TensorView};
 
-/// One parameter.
-#[derive(Debug)]
-pub(super) struct Held {
-    pub(super) meta: TensorMeta,
-    pub(super) bytes: Vec<u8>,
-}
+use super::device::WeightMemory;
 
 /// Parameters by name. Like a real engine it writes in place: a failed update leaves old and new weights mixed.
-#[derive(Debug, Default)]
 pub(super) struct Store {
-    tensors: BTreeMap<Arc<str>, Held>,
+    memory: Box<dyn WeightMemory>,
+    tensors: BTreeMap<Arc<str>, TensorMeta>,
+    layout: Option<Arc<[TensorMeta]>>,
+    /// For each tensor of the layout: it is among `tensors`, with this very meta.
+    noted: Vec<bool>,
     mixed: bool,
     updates: u64,
 }
 
 impl Store {
-    /// Takes one tensor.
-    pub(super) fn put(&mut self, meta: &TensorMeta, bytes: &[u8]) {
-        self.mixed = true;
-        match self.tensors.entry(meta.name.clone()) {
-            Entry::Occupied(mut entry) => {
-                let held = entry.get_mut();
-                held.meta = meta.clone();
-                // Keeps the memory of the last update.
-                held.bytes.clear();
-                held.bytes.extend_from_slice(bytes);
-            }
-            Entry::Vacant(entry) => {
-                entry.insert(Held { meta: meta.clone(), bytes: bytes.to_vec() });
-            }
+    /// An empty one on `memory`.
+    pub(super) fn new(memory: Box<dyn WeightMemory>) -> Self {
+        Self { memory, tensors: BTreeMap::new(), layout: None, noted: Vec::new(), mixed: false, updates: 0 }
+    }
+
+    /// All tensors that may come.
+    pub(super) fn layout(&mut self, tensors: &Arc<[TensorMeta]>) -> Result<()> {
+        if !self.layout.as_ref().is_some_and(|known| Arc::ptr_eq(known, tensors)) {
+            self.noted = vec![false; tensors.len()];
+            self.layout = Some(tensors.clone());
         }
+        self.memory.layout(tensors)
+    }
+
+    /// Takes the tensors of one bucket.
+    pub(super) fn bucket(&mut self, bucket: u32, tensors: &[TensorView<'_>]) -> Result<()> {
+        self.mixed = true;
+        self.memory.bucket(bucket, tensors)?;
+        for tensor in tensors {
+            // Hundreds of thousands of names cost time; those of a known layout are put down once.
+            match tensor.layout_index().and_then(|index| self.noted.get_mut(index as usize)) {
+                Some(true) => continue,
+                Some(noted) => *noted = true,
+                // It may have another shape than the layout says.
+                None => {
+                    self.layout = None;
+                    self.noted.clear();
+                }
+            }
+            self.tensors.insert(tensor.meta().name.clone(), tensor.meta().clone());
+        }
+        Ok(())
     }
 
     /// All of an update is in.
-    pub(super) fn complete(&mut self) {
+    pub(super) fn complete(&mut self) -> Result<()> {
+        self.memory.post_hook()?;
         self.mixed = false;
         self.updates += 1;
+        Ok(())
+    }
+
+    /// The update failed somewhere.
+    pub(super) fn failed(&mut self, cause: &ckpt_core::Error) {
+        self.memory.failed(cause);
     }
 
     /// Whether the last update ended in the middle.
@@ -57,33 +76,17 @@ impl Store {
     }
 
     /// All parameters by name.
-    pub(super) fn tensors(&self) -> impl ExactSizeIterator<Item = &Held> {
+    pub(super) fn tensors(&self) -> impl ExactSizeIterator<Item = &TensorMeta> {
         self.tensors.values()
     }
 
     /// Bytes of all parameters.
     pub(super) fn len_bytes(&self) -> u64 {
-        self.tensors().map(|held| held.bytes.len() as u64).sum()
+        self.tensors().map(TensorMeta::len_bytes).sum()
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use ckpt_core::DType;
-
-    use super::*;
-
-    #[test]
-    fn an_update_replaces_in_place_and_is_mixed_until_complete() {
-        let mut store = Store::default();
-        let meta = |shape: &[u64]| TensorMeta::new("w", DType::U8, shape).unwrap();
-        store.put(&meta(&[2]), &[1, 2]);
-        assert!(store.mixed());
-        store.complete();
-        assert!(!store.mixed());
-        store.put(&meta(&[3]), &[3, 4, 5]);
-        assert_eq!((store.tensors().len(), store.len_bytes(), store.updates()), (1, 3, 1));
-        assert_eq!(store.tensors().next().unwrap().bytes, [3, 4, 5]);
-        assert!(store.mixed());
+    /// Hands each parameter's meta and then its bytes, piece by piece, to `take`.
+    pub(super) fn read(&mut self, name: &str, take: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        self.memory.read(name, take)
     }
 }

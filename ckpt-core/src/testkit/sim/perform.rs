@@ -166,12 +166,12 @@ impl SimCluster {
             Answer::Prepared if r.preparing => {
                 r.preparing = false;
                 let mut plan_digest = model.plan.digest;
-                let waits_for = model.waits_for();
+                let (waits_for, loads) = (model.waits_for(), model.loads(rank));
                 if self.is_fault(rank, Fault::PlanDiffers { rank }) {
                     self.struck_at.get_or_insert(self.now);
                     plan_digest ^= 1;
                 }
-                Event::Prepared { plan_digest, waits_for }
+                Event::Prepared { plan_digest, waits_for, loads }
             }
             Answer::Opened if r.opening => {
                 (r.opening, r.opened) = (false, true);

@@ -10,7 +10,7 @@ impl UpdateMachine {
     pub fn fingerprint(&self, state: &mut impl Hasher) {
         debug_assert!(self.queue.is_empty(), "poll_action is called until None before a state is compared");
         (self.stage, self.epoch, self.sink, self.engine).hash(state);
-        (self.written, self.load_sent, self.published, self.acked, self.freed).hash(state);
+        (self.written, &self.unloaded, self.published, self.acked, self.freed).hash(state);
         self.waits_for.len().hash(state);
         self.exchanged.hash(state);
         (self.all_opened.is_some(), self.committed.is_some(), self.reported.is_some()).hash(state);

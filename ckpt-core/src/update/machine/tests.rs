@@ -49,7 +49,8 @@ impl Rig {
         let communicator = CommunicatorChoice::Build(Bytes::new());
         assert_eq!(rig.say(Event::Begun { epoch: EPOCH, members: Vec::new(), communicator }), ["prepare"]);
         let waits_for = waits_for.to_vec();
-        assert_eq!(rig.say(Event::Prepared { plan_digest: 1, waits_for }), ["ready"]);
+        let loads = (0..waits_for.len() as u32).collect();
+        assert_eq!(rig.say(Event::Prepared { plan_digest: 1, waits_for, loads }), ["ready"]);
         rig
     }
 
@@ -91,6 +92,17 @@ fn word(action: Action) -> String {
         Action::End(Outcome::Failed { cause }) => format!("end failed: {}", cause.message()),
         Action::End(Outcome::InDoubt { .. }) => "end in doubt".into(),
     }
+}
+
+#[test]
+fn a_later_load_goes_ahead_where_its_place_is_free_and_exchanges_stay_in_order() {
+    let mut rig = Rig::until_go(&[None, Some(0), Some(1), None], true, false);
+    assert_eq!(rig.say(Event::Go { epoch: EPOCH }), ["open", "load 0", "exchange 0", "load 3"]);
+    rig.say(Event::SinkOpened);
+    assert_eq!(rig.say(Event::Exchanged { bucket: 0 }), ["publish 0"]);
+    assert_eq!(rig.say(Event::Acked { bucket: 0 }), ["free 0", "load 1", "exchange 1"]);
+    assert_eq!(rig.say(Event::Exchanged { bucket: 1 }), ["publish 1"]);
+    assert_eq!(rig.say(Event::Acked { bucket: 1 }), ["free 1", "load 2", "exchange 2", "exchange 3"]);
 }
 
 #[test]

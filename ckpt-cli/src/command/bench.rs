@@ -1,0 +1,222 @@
+//! `ckpt bench`: whole updates, and the rates of single parts.
+
+mod measure;
+mod rank;
+mod report;
+mod size;
+mod update;
+
+use std::{
+    io::Write,
+    path::PathBuf,
+    process::{ExitCode, Stdio},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use ckpt_core::{
+    Error, ErrorKind,
+    control::{Hub, HubAddress, HubOptions, Session, SessionConfig, Token},
+    deadlines::Deadlines,
+    device::{DeviceConfig, runtime_dir},
+    transport::{Registry, Requirement, TransportConfig},
+};
+use clap::{Args, Subcommand, ValueEnum};
+use tokio::process::Command;
+
+use self::{
+    measure::{Bench, Sample},
+    report::Report,
+    size::Size,
+};
+use crate::{Context, exit::Exit};
+
+/// Measure whole updates, or one part by itself
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  ckpt bench update --device cuda --shape qwen3-8b --ranks 2 --iterations 4 --trace trace.json
+  ckpt bench transport --transport tcp --op broadcast --sizes 1MiB,64MiB --ranks 2 --check
+  ckpt bench transport --transport local --op read --sizes 4KiB,1MiB --json
+  torchrun --nproc-per-node 8 --no-python ckpt bench transport --transport nccl --op allgather --sizes 256MiB")]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    Update(Box<update::BenchUpdateArgs>),
+    /// One rank of `ckpt bench update`
+    #[command(hide = true)]
+    UpdateRank(Box<update::RankArgs>),
+    Transport(Box<TransportArgs>),
+}
+
+/// Measure a transport's broadcasts, allgathers or one-sided reads
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Without a launcher it starts its own ranks on this machine: as tasks for `local`, as processes for other transports. Under
+torchrun, srun, mpirun or `ckpt launch` each process is a rank.
+
+The columns are those of nccl-tests: algbw is size / time; busbw is what one link carries, so that it can be compared with
+the hardware's rate whatever the number of ranks (broadcast: algbw; allgather: algbw x (n-1)/n, where size is the whole
+result). Time is that of the slowest rank. Reads: every rank but 0 reads the whole of rank 0's buffer, all at once.
+
+Examples:
+  ckpt bench transport --transport tcp --op broadcast --sizes 1MiB,64MiB --ranks 2 --check
+  ckpt bench transport --transport local --op read --sizes 4KiB,1MiB --json")]
+struct TransportArgs {
+    /// Which transport: a name, or `auto` for the first that works here
+    #[arg(long, default_value = "auto", value_name = "NAME")]
+    transport: String,
+    /// Where the buffers are: a kind, or `auto` for the first that works here
+    #[arg(long, default_value = "auto", value_name = "KIND")]
+    device: String,
+    /// What to measure
+    #[arg(long, value_enum, default_value_t = Op::Broadcast)]
+    op: Op,
+    /// Sizes, with units B, KiB, MiB, GiB, KB, MB or GB
+    #[arg(long, default_value = "1MiB,16MiB,64MiB", value_delimiter = ',', value_name = "LIST")]
+    sizes: Vec<Size>,
+    /// Ranks to start, where no launcher has done so
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=1024), value_name = "N")]
+    ranks: u32,
+    /// Operations before the clock starts
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(0..=1_000_000), value_name = "N")]
+    warmup: u32,
+    /// Operations that are measured
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1_000_000), value_name = "N")]
+    iters: u32,
+    /// Compare every byte that arrives in one more operation
+    #[arg(long)]
+    check: bool,
+    /// Connections between two ranks, for transports that stripe
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64), value_name = "N")]
+    connections: u8,
+    /// File with the job's secret; else CKPT_TOKEN, and ranks on one host need none
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Time for each step: all ranks come, one size is measured
+    #[arg(long, default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400), value_name = "SECONDS")]
+    timeout: u64,
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Op {
+    /// Rank 0 sends to all
+    Broadcast,
+    /// Each rank sends its part to all
+    Allgather,
+    /// Every other rank reads rank 0's memory
+    Read,
+}
+
+impl TransportArgs {
+    fn requirement(&self, world_size: u32, across_hosts: bool) -> Requirement {
+        let one_sided = self.op == Op::Read;
+        Requirement { collective: !one_sided, one_sided, across_processes: world_size > 1, across_hosts }
+    }
+
+    fn limit(&self) -> Duration {
+        Duration::from_secs(self.timeout)
+    }
+}
+
+pub(crate) async fn run(args: BenchArgs, context: &Context) -> anyhow::Result<ExitCode> {
+    match args.what {
+        What::Update(args) => update::run(*args, context).await,
+        What::UpdateRank(args) => update::run_rank(*args, context).await,
+        What::Transport(args) => run_transport(*args, context).await,
+    }
+}
+
+async fn run_transport(args: TransportArgs, context: &Context) -> anyhow::Result<ExitCode> {
+    let launched = ["RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"];
+    let measured = if launched.iter().any(|name| std::env::var_os(name).is_some()) {
+        match rank::run(&args, context).await? {
+            Some(of_all) => of_all,
+            // Rank 0 tells.
+            None => return Ok(Exit::Success.into()),
+        }
+    } else if args.transport == "local" || args.ranks == 1 {
+        tasks(&args, &context.registry).await?
+    } else {
+        return processes(&args).await;
+    };
+    let report = Report::new(&args, &measured);
+    context.output.table(&report.table());
+    context.output.object(&report)?;
+    Ok(if report.is_correct() { Exit::Success } else { Exit::Corrupt }.into())
+}
+
+/// What rank 0 knows at the end.
+struct Measured {
+    transport: &'static str,
+    device: &'static str,
+    ranks: u32,
+    /// By size.
+    samples: Vec<Sample>,
+}
+
+/// All ranks as tasks of this process.
+async fn tasks(args: &TransportArgs, registry: &Registry) -> anyhow::Result<Measured> {
+    // Ranks that are tasks of one process cannot die one by one: a silent one is only short of processors.
+    let deadlines = Deadlines { join: args.limit(), dead_after: args.limit(), ..Deadlines::default() };
+    let (token, address) = (Token::random()?, HubAddress::new("127.0.0.1", 0));
+    let hub = Hub::in_process(HubOptions {
+        address: address.clone(),
+        job: "bench".to_owned(),
+        token: token.clone(),
+        world_size: args.ranks,
+        deadlines,
+    });
+    let runtime_dir = runtime_dir()?;
+    let mut running = tokio::task::JoinSet::new();
+    let mut names = None;
+    for rank in 0..args.ranks {
+        let config = DeviceConfig { rank, local_rank: rank, runtime_dir: runtime_dir.clone() };
+        let device = registry.open_device(&args.device, &config)?;
+        let config = TransportConfig {
+            bind: std::net::Ipv4Addr::LOCALHOST.into(),
+            runtime_dir: runtime_dir.clone(),
+            secret: token.reveal().to_vec(),
+            connections: usize::from(args.connections),
+            device: device.clone(),
+        };
+        let transport = registry.open_transport(&args.transport, &config, args.requirement(1, false))?;
+        names.get_or_insert((transport.name(), device.kind()));
+        let config =
+            SessionConfig::new(address.clone(), "bench", token.clone(), rank, args.ranks, deadlines)?;
+        let session = Session::in_process(&hub, config).await?;
+        let bench = Bench::new(args.clone(), session, device, transport)?;
+        running.spawn(bench.run());
+    }
+    let mut samples = Vec::new();
+    // The first failure ends all: dropping the set ends the others.
+    while let Some(ended) = running.join_next().await {
+        if let Some(of_rank_0) = ended.context("a rank's task died")?? {
+            samples = of_rank_0;
+        }
+    }
+    hub.shutdown().await;
+    let (transport, device) =
+        names.ok_or_else(|| Error::new(ErrorKind::Internal, "run the benchmark", "it had no ranks"))?;
+    Ok(Measured { transport, device, ranks: args.ranks, samples })
+}
+
+/// All ranks as processes of this host, under our own launcher.
+async fn processes(args: &TransportArgs) -> anyhow::Result<ExitCode> {
+    let program = std::env::current_exe().context("find this program")?;
+    let mut command = Command::new(&program);
+    command.args(["launch", "--nproc-per-node", &args.ranks.to_string(), "--"]).arg(&program);
+    command.args(std::env::args_os().skip(1));
+    command.kill_on_drop(true).stdin(Stdio::null()).stdout(Stdio::piped());
+    let output = command.output().await.context("start the ranks")?;
+    // Unchanged, so that the object stays the last line. A reader that went away is no error.
+    let _ = std::io::stdout().write_all(&output.stdout);
+    let code = output.status.code().and_then(|code| u8::try_from(code).ok());
+    Ok(ExitCode::from(code.unwrap_or(Exit::Failed as u8)))
+}

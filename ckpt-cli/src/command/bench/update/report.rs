@@ -1,0 +1,264 @@
+//! What an update took, and how it is shown.
+
+use std::{collections::BTreeMap, path::Path};
+
+use anyhow::Context as _;
+use ckpt_core::{
+    server::UpdateReport,
+    update::trace::{Span, Stage, extent},
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::{
+    Output,
+    output::{Table, format_bytes},
+};
+
+/// Seconds of one update.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Times {
+    /// The whole call.
+    pub(super) total_s: f64,
+    /// First byte enqueued until the last bucket was acked (or was in place, without a worker).
+    pub(super) transfer_s: f64,
+    /// Join, plan and ring, until all had said so.
+    pub(super) join_s: f64,
+    pub(super) prepare_s: f64,
+    pub(super) go_s: f64,
+    /// The worker maps the ring.
+    pub(super) open_s: f64,
+    /// The sum of the worker's time with buckets.
+    pub(super) reload_s: f64,
+    pub(super) commit_s: f64,
+    pub(super) release_s: f64,
+    pub(super) post_hook_s: f64,
+    /// Update called until the last ack.
+    pub(super) last_ack_s: f64,
+}
+
+impl Times {
+    pub(super) fn of(report: &UpdateReport) -> Self {
+        let spans = &report.spans;
+        let seconds = |stage| extent(spans, stage).map_or(0.0, |(start, end)| (end - start).as_secs_f64());
+        let moving = |span: &&Span| matches!(span.stage, Stage::Load | Stage::Exchange | Stage::Reload);
+        let first = spans.iter().filter(moving).map(|span| span.start).min().unwrap_or_default();
+        let last = spans.iter().filter(moving).map(|span| span.end).max().unwrap_or_default();
+        let reload = spans.iter().filter(|span| span.stage == Stage::Reload);
+        Self {
+            total_s: report.stages.total_s,
+            transfer_s: (last - first).as_secs_f64(),
+            join_s: seconds(Stage::Join),
+            prepare_s: seconds(Stage::Prepare),
+            go_s: seconds(Stage::Go),
+            open_s: seconds(Stage::Open),
+            reload_s: reload.map(|span| (span.end - span.start).as_secs_f64()).sum(),
+            commit_s: seconds(Stage::Commit),
+            release_s: seconds(Stage::Release),
+            post_hook_s: seconds(Stage::PostHook),
+            last_ack_s: last.as_secs_f64(),
+        }
+    }
+
+    fn each(&self) -> [(&'static str, f64); 11] {
+        [
+            ("total", self.total_s),
+            ("transfer", self.transfer_s),
+            ("last ack", self.last_ack_s),
+            ("join", self.join_s),
+            ("prepare", self.prepare_s),
+            ("go", self.go_s),
+            ("open", self.open_s),
+            ("reload", self.reload_s),
+            ("commit", self.commit_s),
+            ("release", self.release_s),
+            ("hook", self.post_hook_s),
+        ]
+    }
+
+    /// The slowest of each part.
+    fn max(self, other: Self) -> Self {
+        Self {
+            total_s: self.total_s.max(other.total_s),
+            transfer_s: self.transfer_s.max(other.transfer_s),
+            join_s: self.join_s.max(other.join_s),
+            prepare_s: self.prepare_s.max(other.prepare_s),
+            go_s: self.go_s.max(other.go_s),
+            open_s: self.open_s.max(other.open_s),
+            reload_s: self.reload_s.max(other.reload_s),
+            commit_s: self.commit_s.max(other.commit_s),
+            release_s: self.release_s.max(other.release_s),
+            post_hook_s: self.post_hook_s.max(other.post_hook_s),
+            last_ack_s: self.last_ack_s.max(other.last_ack_s),
+        }
+    }
+}
+
+/// One update on one rank.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Measured {
+    pub(super) times: Times,
+    /// When `update` was called, microseconds since 1970.
+    pub(super) began_us: u64,
+    /// Stage, bucket, start and end in microseconds since `began_us`.
+    pub(super) spans: Vec<(String, Option<u32>, u64, u64)>,
+}
+
+impl Measured {
+    pub(super) fn of(report: &UpdateReport, began_us: u64) -> Self {
+        let spans = report.spans.iter().map(|span| {
+            let stage = serde_json::to_value(span.stage).ok();
+            let name = stage.as_ref().and_then(Value::as_str).unwrap_or("stage").to_owned();
+            (name, span.bucket, span.start.as_micros() as u64, span.end.as_micros() as u64)
+        });
+        Self { times: Times::of(report), began_us, spans: spans.collect() }
+    }
+}
+
+/// All that one rank measured.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct RankReport {
+    pub(super) load_s: f64,
+    pub(super) gather_metas_s: f64,
+    /// This rank's share, copied to its device and nothing else, with all ranks at once.
+    pub(super) h2d_s: f64,
+    pub(super) h2d_bytes: u64,
+    pub(super) updates: Vec<Measured>,
+    /// Updates with an empty checkpoint.
+    pub(super) floor: Vec<Measured>,
+}
+
+/// The benchmark's result.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Report {
+    pub(super) shape: String,
+    pub(super) device: String,
+    pub(super) transport: String,
+    pub(super) worker: String,
+    pub(super) ranks: u32,
+    pub(super) tensors: u64,
+    pub(super) tensor_bytes: u64,
+    pub(super) buckets: u64,
+    pub(super) bucket_bytes: u64,
+    pub(super) ring_bytes: u64,
+    pub(super) load_s: f64,
+    pub(super) gather_metas_s: f64,
+    /// Of the slowest rank.
+    pub(super) h2d_limit_s: f64,
+    /// Of each rank, all at once.
+    pub(super) h2d_gib_per_s: Vec<f64>,
+    /// The slowest rank of each part, for each update.
+    pub(super) updates: Vec<Times>,
+    pub(super) floor: Vec<Times>,
+}
+
+/// The slowest rank of each part, for each update.
+pub(super) fn slowest(ranks: &[RankReport], of: impl Fn(&RankReport) -> &[Measured]) -> Vec<Times> {
+    let count = ranks.iter().map(|rank| of(rank).len()).min().unwrap_or(0);
+    let all = |i: usize| ranks.iter().map(move |rank| (rank, i));
+    (0..count).map(|i| all(i).fold(Times::default(), |t, (rank, i)| t.max(of(rank)[i].times))).collect()
+}
+
+impl Report {
+    pub(super) fn print(&self, output: &Output) {
+        let rates: Vec<String> = self.h2d_gib_per_s.iter().map(|rate| format!("{rate:.1}")).collect();
+        output.line(format!(
+            "{}: {} tensors, {}; {} ranks on {} over {}; worker {}; {} buckets of up to {}, ring {}",
+            self.shape,
+            self.tensors,
+            format_bytes(self.tensor_bytes),
+            self.ranks,
+            self.device,
+            self.transport,
+            self.worker,
+            self.buckets,
+            format_bytes(self.bucket_bytes),
+            format_bytes(self.ring_bytes)
+        ));
+        output.line(format!(
+            "load {:.3} s, gather metas {:.3} s, plain copy of the shares to the devices {:.3} s ({} GiB/s)",
+            self.load_s,
+            self.gather_metas_s,
+            self.h2d_limit_s,
+            rates.join(", ")
+        ));
+        let columns = Times::default().each().map(|(name, _)| name);
+        let header: Vec<&str> = ["update"].into_iter().chain(columns).chain(["x limit"]).collect();
+        let mut table = Table::new(&header);
+        let rows = self.updates.iter().enumerate().map(|(i, t)| (format!("{}", i + 1), t, true));
+        let floor = self.floor.iter().map(|t| ("empty".to_owned(), t, false));
+        for (name, times, ratio) in rows.chain(floor) {
+            let cells = times.each().map(|(_, seconds)| format!("{seconds:.4}"));
+            let ratio = match ratio && self.h2d_limit_s > 0.0 {
+                true => format!("{:.3}", times.transfer_s / self.h2d_limit_s),
+                false => String::new(),
+            };
+            table.row([name].into_iter().chain(cells).chain([ratio]));
+        }
+        output.table(&table);
+    }
+}
+
+/// Writes all spans as a Chrome trace: a process per rank, a thread per stage.
+pub(super) fn write_trace(file: &Path, ranks: &[RankReport]) -> anyhow::Result<()> {
+    let updates = || ranks.iter().flat_map(|rank| rank.updates.iter().chain(&rank.floor));
+    let zero = updates().map(|update| update.began_us).min().unwrap_or(0);
+    let mut lanes: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut events = Vec::new();
+    for (pid, rank) in ranks.iter().enumerate() {
+        events.push(json!({ "ph": "M", "name": "process_name", "pid": pid, "args": { "name": format!("rank {pid}") } }));
+        for update in rank.updates.iter().chain(&rank.floor) {
+            for (stage, bucket, start, end) in &update.spans {
+                let next = lanes.len() as u64;
+                let tid = *lanes.entry(stage).or_insert(next);
+                let name = bucket.map_or_else(|| stage.clone(), |bucket| format!("{stage} {bucket}"));
+                let at = update.began_us - zero + start;
+                events.push(
+                    json!({ "ph": "X", "name": name, "cat": stage, "pid": pid, "tid": tid, "ts": at, "dur": end - start }),
+                );
+            }
+        }
+        for (stage, tid) in &lanes {
+            events.push(
+                json!({ "ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": { "name": stage } }),
+            );
+        }
+    }
+    let text = serde_json::to_string(&json!({ "displayTimeUnit": "ms", "traceEvents": events }))
+        .context("write the trace as JSON")?;
+    std::fs::write(file, text).with_context(|| format!("write the trace to {}", file.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn measured(total_s: f64, release_s: f64) -> Measured {
+        let times = Times { total_s, release_s, ..Times::default() };
+        Measured { times, began_us: 1_000, spans: vec![("load".into(), Some(3), 5, 9)] }
+    }
+
+    #[test]
+    fn each_part_is_that_of_the_slowest_rank() {
+        let rank =
+            |a, b| RankReport { updates: vec![measured(a, b), measured(b, a)], ..RankReport::default() };
+        let all = slowest(&[rank(1.0, 5.0), rank(2.0, 4.0)], |rank| &rank.updates);
+        assert_eq!(
+            all.iter().map(|t| (t.total_s, t.release_s)).collect::<Vec<_>>(),
+            [(2.0, 5.0), (5.0, 2.0)]
+        );
+    }
+
+    #[test]
+    fn a_trace_is_json_that_names_ranks_stages_and_buckets() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("t.json");
+        let rank = RankReport { updates: vec![measured(1.0, 1.0)], ..RankReport::default() };
+        write_trace(&file, &[rank.clone(), rank]).unwrap();
+        let trace: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        let events = trace["traceEvents"].as_array().unwrap();
+        let loads: Vec<_> = events.iter().filter(|e| e["name"] == "load 3").collect();
+        assert_eq!(loads.len(), 2);
+        assert_eq!((&loads[1]["pid"], &loads[1]["ts"], &loads[1]["dur"]), (&json!(1), &json!(5), &json!(4)));
+    }
+}

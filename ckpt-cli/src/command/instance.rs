@@ -1,0 +1,187 @@
+//! What `ckpt update` and `ckpt join` have in common: the engines beside the ranks, and one update of them.
+
+use std::{collections::HashSet, path::PathBuf, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use ckpt_core::{
+    Error, ErrorKind, Version,
+    engine::{ENGINES, EngineConfig, HttpTemplate, create},
+    manifest::Manifest,
+    server::{UpdateReport, UpdateRequest},
+    sink::{CheckpointEngineSink, Layout, NativeSink, NativeSinkConfig, WeightSink, WireVersion},
+    update::EngineCall,
+};
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+use crate::job::{JobArgs, Rank};
+
+/// A time to wait, which may be nothing: at most a month.
+fn pause(text: &str) -> Result<Duration, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.0..=2_678_400.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err("write seconds, at most 2678400".to_owned()),
+    }
+}
+
+/// Options of every command that updates engines
+#[derive(Args)]
+pub(crate) struct InstanceArgs {
+    /// Where the engine listens; `{rank}` stands for the rank
+    #[arg(long, default_value = "http://localhost:19730", value_name = "URL")]
+    endpoint: String,
+    /// Reach the engine through this UNIX socket instead of the endpoint's host; `{rank}` stands for the rank
+    #[arg(long, value_name = "PATH")]
+    uds: Option<String>,
+    /// Ranks of one engine; the first rank of each such group sends the engine's request
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
+    inference_parallel_size: u32,
+    /// Name under which the checkpoint is registered
+    #[arg(long, default_value = "my-checkpoint-iter-0", value_name = "NAME")]
+    pub(crate) checkpoint_name: String,
+    /// What is told that an update begins
+    #[arg(long, default_value = "vllm", value_parser = clap::builder::PossibleValuesParser::new(ENGINES))]
+    engine: String,
+    /// JSON body for `--engine http`
+    #[arg(long, value_name = "JSON")]
+    http_template: Option<String>,
+    /// What the workers speak: checkpoint-engine 0.4 and newer, older ones, or ours
+    #[arg(long, value_enum, default_value_t = WorkerProtocol::Ce04)]
+    worker_protocol: WorkerProtocol,
+    /// Number of the version that is installed
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub(crate) weight_version: u64,
+    /// Do the same update this many times, with rising versions
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..), value_name = "N")]
+    pub(crate) repeat: u64,
+    /// Afterwards go on serving this rank's memory to others for so long
+    #[arg(long, value_parser = pause, value_name = "SECONDS")]
+    pub(crate) sleep_time: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) job: JobArgs,
+}
+
+/// The language of the worker link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WorkerProtocol {
+    /// checkpoint-engine 0.4.0 and newer
+    #[value(name = "ce-0.4")]
+    Ce04,
+    /// checkpoint-engine before 0.4.0
+    #[value(name = "ce-0.3")]
+    Ce03,
+    /// ours: docs/worker-protocol.md
+    #[value(name = "native")]
+    Native,
+}
+
+/// What one update did, as its lowest member saw it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Done {
+    /// Of the slowest member.
+    pub(crate) update_s: f64,
+    pub(crate) bucket_bytes: u64,
+    pub(crate) ring_bytes: u64,
+    pub(crate) tensor_bytes: u64,
+    pub(crate) tensors: u64,
+    pub(crate) buckets: u64,
+    /// Seconds of each part.
+    pub(crate) stages: serde_json::Value,
+}
+
+impl Done {
+    fn new(report: &UpdateReport) -> anyhow::Result<Self> {
+        Ok(Self {
+            update_s: report.stages.total_s,
+            bucket_bytes: report.bucket_bytes,
+            ring_bytes: report.ring_bytes,
+            tensor_bytes: report.tensor_bytes,
+            tensors: report.tensors,
+            buckets: report.buckets,
+            stages: serde_json::to_value(report.stages)?,
+        })
+    }
+
+    pub(crate) fn transfer_s(&self) -> f64 {
+        self.stages.get("transfer_s").and_then(serde_json::Value::as_f64).unwrap_or(0.0)
+    }
+}
+
+/// Numbers the tensors of `manifest` for workers that speak the native protocol. Replicas count once.
+pub(crate) fn layout(manifest: &Manifest) -> anyhow::Result<Arc<Layout>> {
+    let mut seen = HashSet::new();
+    let tensors: Vec<_> = manifest
+        .tensors()
+        .filter(|(_, tensor)| seen.insert(&*tensor.meta.name))
+        .map(|(_, tensor)| tensor.meta.clone())
+        .collect();
+    Ok(Arc::new(Layout::new(tensors)?))
+}
+
+impl InstanceArgs {
+    /// Collective over the job: `ranks` (all, if empty) update, the others wait for them.
+    pub(crate) async fn update(
+        &self,
+        rank: &mut Rank,
+        layout: &Arc<Layout>,
+        ranks: &[u32],
+        version: Version,
+    ) -> anyhow::Result<Done> {
+        let mut part = Bytes::new();
+        if ranks.is_empty() || ranks.contains(&rank.rank()) {
+            let request = UpdateRequest {
+                checkpoint: self.checkpoint_name.clone(),
+                version,
+                ranks: ranks.to_vec(),
+                sink: Some(self.sink(layout, rank)?),
+                engine: self.engine(rank, ranks)?,
+            };
+            let report = rank.server.update(request).await?;
+            part = serde_json::to_vec(&Done::new(&report)?)?.into();
+        }
+        let mut all: Option<Done> = None;
+        for part in rank.collect("updated", part).await?.iter().filter(|part| !part.is_empty()) {
+            let one: Done = serde_json::from_slice(part)?;
+            let slowest = all.as_ref().map_or(0.0, |all| all.update_s).max(one.update_s);
+            all.get_or_insert(one).update_s = slowest;
+        }
+        let nobody = || Error::new(ErrorKind::Internal, "update weights", "no rank made the update");
+        all.ok_or_else(|| nobody().into())
+    }
+
+    /// The link to this rank's worker.
+    fn sink(&self, layout: &Arc<Layout>, rank: &Rank) -> anyhow::Result<Box<dyn WeightSink>> {
+        let uuid = &rank.server.device().info().uuid;
+        Ok(match self.worker_protocol {
+            WorkerProtocol::Native => {
+                let config = NativeSinkConfig { layout: Some(layout.clone()), ..NativeSinkConfig::default() };
+                Box::new(NativeSink::bind(&rank.runtime_dir, uuid, config)?)
+            }
+            WorkerProtocol::Ce04 => {
+                Box::new(CheckpointEngineSink::bind(&rank.runtime_dir, uuid, WireVersion::Ce04)?)
+            }
+            WorkerProtocol::Ce03 => {
+                Box::new(CheckpointEngineSink::bind(&rank.runtime_dir, uuid, WireVersion::Ce03)?)
+            }
+        })
+    }
+
+    /// The engine's request, on the first of each engine's ranks that update.
+    fn engine(&self, rank: &Rank, ranks: &[u32]) -> anyhow::Result<Option<EngineCall>> {
+        let here = rank.rank();
+        let first = here - here % self.inference_parallel_size;
+        let last = rank.world_size().min(first.saturating_add(self.inference_parallel_size));
+        let members: Vec<u32> = (first..last).filter(|r| ranks.is_empty() || ranks.contains(r)).collect();
+        if members.first() != Some(&here) {
+            return Ok(None);
+        }
+        let at = |text: &str| text.replace("{rank}", &here.to_string());
+        let engine = create(EngineConfig {
+            kind: self.engine.clone(),
+            endpoint: at(&self.endpoint),
+            uds: self.uds.as_deref().map(|path| PathBuf::from(at(path))),
+            template: self.http_template.as_deref().map(HttpTemplate::parse).transpose()?,
+        })?;
+        Ok(Some(EngineCall { engine, ranks: members }))
+    }
+}

@@ -1,0 +1,93 @@
+//! Metas as files and from a running instance's HTTP API.
+
+use std::{path::Path, time::Duration};
+
+use ckpt_core::{Error, ErrorKind, Key, control::Token, metas::Metas};
+
+const OPERATION: &str = "load metas";
+/// The path of a running instance's metas, where the URL names none.
+const METAS_PATH: &str = "/v1/metas";
+const FETCH_TIME: Duration = Duration::from_secs(30);
+
+/// Reads metas from a file, `http://host:port[/path]` or `unix:SOCKET`. An instance that asks for `token` is shown it.
+pub(crate) async fn load(source: &str, token: &Token) -> anyhow::Result<Metas> {
+    let json = if source.contains("://") || source.starts_with("unix:") {
+        fetch(source, token).await.map_err(|e| e.with(Key::Endpoint, source))?
+    } else {
+        tokio::fs::read(source).await.map_err(|e| {
+            Error::new(
+                ErrorKind::ConfigInvalid,
+                OPERATION,
+                "the file cannot be read; write it with --save-metas-file",
+            )
+            .with(Key::Path, source)
+            .caused_by(e)
+        })?
+    };
+    let metas = tokio::task::spawn_blocking(move || Metas::from_json(&json)).await?;
+    Ok(metas.map_err(|e| e.with(Key::Path, source))?)
+}
+
+async fn fetch(source: &str, token: &Token) -> Result<Vec<u8>, Error> {
+    let unreachable = |e: reqwest::Error| {
+        Error::new(
+            ErrorKind::Unavailable,
+            OPERATION,
+            "the instance does not answer; is `ckpt serve` running there?",
+        )
+        .caused_by(e.without_url())
+    };
+    let builder = reqwest::Client::builder().timeout(FETCH_TIME).no_proxy();
+    let (builder, url) = match source.strip_prefix("unix:") {
+        Some(path) => {
+            let path = path.strip_prefix("//").unwrap_or(path);
+            (builder.unix_socket(Path::new(path)), format!("http://localhost{METAS_PATH}"))
+        }
+        None => (builder, source.to_owned()),
+    };
+    let mut url = reqwest::Url::parse(&url).map_err(|e| {
+        Error::new(ErrorKind::ConfigInvalid, OPERATION, "not a URL; write http://host:port or unix:SOCKET")
+            .caused_by(e)
+    })?;
+    if url.path() == "/" {
+        url.set_path(METAS_PATH);
+    }
+    let client = builder.build().map_err(unreachable)?;
+    let mut response = client.get(url.clone()).send().await.map_err(unreachable)?;
+    if response.status() == reqwest::StatusCode::UNAUTHORIZED {
+        let token = String::from_utf8_lossy(token.reveal()).into_owned();
+        response = client.get(url).bearer_auth(token).send().await.map_err(unreachable)?;
+    }
+    let status = response.status();
+    let body = response.bytes().await.map_err(unreachable)?;
+    if !status.is_success() {
+        let text: String = String::from_utf8_lossy(&body).chars().take(500).collect();
+        let message = format!("the instance answered {status}: {text}");
+        return Err(Error::new(ErrorKind::Backend, OPERATION, message));
+    }
+    Ok(body.into())
+}
+
+/// Writes metas so that a reader sees the old file or the new one, never a part.
+pub(crate) async fn save(path: &Path, metas: &Metas) -> anyhow::Result<()> {
+    let json = metas.to_json()?;
+    let target = path.to_owned();
+    let written = tokio::task::spawn_blocking(move || {
+        let folder = match target.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        std::io::Write::write_all(&mut file, json.as_bytes())?;
+        file.persist(&target).map_err(|e| e.error).map(drop)
+    });
+    Ok(written.await?.map_err(|e| {
+        Error::new(
+            ErrorKind::ConfigInvalid,
+            "save metas",
+            "the file cannot be written; choose another with --save-metas-file",
+        )
+        .with(Key::Path, path.display())
+        .caused_by(e)
+    })?)
+}

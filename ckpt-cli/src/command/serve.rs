@@ -1,0 +1,282 @@
+//! `ckpt serve`: one rank's parameter server behind an HTTP API.
+
+mod actor;
+mod api;
+mod body;
+mod paths;
+mod view;
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use ckpt_core::{
+    Error, ErrorKind, Result,
+    checkpoint::Pool,
+    cluster::TOKEN_VARIABLE,
+    control::{Job, Session, Token},
+};
+use clap::{Args, ValueEnum};
+use serde_json::json;
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::{Semaphore, mpsc},
+    task::JoinHandle,
+};
+
+use self::{actor::Actor, api::App, paths::AllowedPaths, view::View};
+use super::update::WorkerProtocol;
+use crate::{
+    Context,
+    exit::Exit,
+    job::{JobArgs, Rank, Reading},
+    listen::{self, Listener},
+};
+
+/// Requests that may wait for the one under way.
+const QUEUE: usize = 64;
+/// A job that ends signals its ranks and closes its hub; whichever comes first here, the end is orderly.
+const LOST_OR_ENDED: Duration = Duration::from_secs(2);
+
+/// Run one rank's parameter server with an HTTP API, until SIGTERM
+#[derive(Args)]
+#[command(after_help = "\
+Run it once per inference worker, under torchrun, srun, mpirun or `ckpt launch`. docs/http-api.md has every request; the
+API is that of checkpoint-engine's own parameter server. A TCP listener that other hosts reach asks for the job's token.
+
+Examples:
+  ckpt launch --nproc-per-node 8 -- ckpt serve --uds /run/user/1000/ps-{rank}.sock
+  curl --unix-socket /run/user/1000/ps-0.sock http://ps/v1/healthz
+  CKPT_TOKEN=... torchrun --nproc-per-node 8 --no-python ckpt serve --listen 0.0.0.0:1973{rank} --allow-path /models")]
+pub(crate) struct ServeArgs {
+    /// Address of the HTTP server; `{rank}` and `{local_rank}` are filled in, port 0 takes a free one
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "uds", required_unless_present = "uds")]
+    listen: Option<String>,
+    /// Listen on this UNIX socket instead; `{rank}` and `{local_rank}` are filled in
+    #[arg(long, value_name = "PATH")]
+    uds: Option<String>,
+    /// Write the address here once requests are taken; `{rank}` and `{local_rank}` are filled in
+    #[arg(long, value_name = "FILE")]
+    port_file: Option<String>,
+    /// Only register files below this folder, links resolved; may be given several times [default: any file]
+    #[arg(long, value_name = "ROOT")]
+    allow_path: Vec<PathBuf>,
+    /// What the workers speak: checkpoint-engine 0.4 and newer, older ones, or ours
+    #[arg(long, value_enum, default_value_t = WorkerProtocol::Ce04)]
+    worker_protocol: WorkerProtocol,
+    /// File with the secret of the job whose metas are posted here, if it is not this job's
+    #[arg(long, value_name = "FILE")]
+    sender_token_file: Option<PathBuf>,
+    /// Time that requests under way get to end after SIGTERM
+    #[arg(long, default_value_t = 10, value_name = "SECONDS")]
+    grace: u32,
+    #[command(flatten)]
+    job: JobArgs,
+}
+
+pub(crate) async fn run(args: ServeArgs, context: &Context) -> anyhow::Result<ExitCode> {
+    // Before anything listens: a signal that comes early is not missed.
+    let signals = Signals::new()?;
+    let allowed = AllowedPaths::new(&args.allow_path)?;
+    let secret = args.sender_token_file.as_deref().map(Token::from_file).transpose()?;
+    let reading = Reading { needed: secret.is_some(), secret };
+    let rank = Rank::start_reading(&args.job, &context.registry, reading).await?;
+    serve(args, context, rank, allowed, signals).await.map(|()| Exit::Success.into())
+}
+
+async fn serve(
+    args: ServeArgs,
+    context: &Context,
+    rank: Rank,
+    allowed: AllowedPaths,
+    signals: Signals,
+) -> anyhow::Result<()> {
+    let Rank { job, server, transport, runtime_dir, .. } = rank;
+    let job = Arc::new(job);
+    let cluster = job.cluster.clone();
+    let here = |text: &str| {
+        let text = text.replace("{rank}", &cluster.rank.to_string());
+        text.replace("{local_rank}", &cluster.local_rank.to_string())
+    };
+    let (listener, token) = match (&args.uds, &args.listen) {
+        (Some(path), _) => (Listener::unix(Path::new(&here(path)))?, None),
+        (None, Some(address)) => tcp(&here(address), &args, &job.session, &allowed).await?,
+        (None, None) => return Err(invalid("choose where to listen with --uds or --listen").into()),
+    };
+    let address = listener.address().to_owned();
+    let view = Arc::<View>::default();
+    let (orders, queue) = mpsc::channel(QUEUE);
+    let device = server.device().clone();
+    let app = Arc::new(App {
+        job: job.clone(),
+        orders,
+        view: view.clone(),
+        allowed,
+        token,
+        turn: Arc::new(Semaphore::new(1)),
+        loading: tokio::sync::Mutex::new(()),
+        pool: Pool::new(device.clone()),
+        about: json!({
+            "rank": cluster.rank,
+            "world_size": cluster.world_size,
+            "job": cluster.job,
+            "pid": std::process::id(),
+            "ckpt_version": env!("CARGO_PKG_VERSION"),
+            "transport": transport,
+            "device": device.kind(),
+            "worker": device.info().uuid,
+            "worker_protocol": args.worker_protocol.to_possible_value().map(|v| v.get_name().to_owned()),
+        }),
+        device,
+    });
+    let actor = Actor {
+        deadlines: server.deadlines(),
+        server,
+        rank: cluster.rank,
+        world_size: cluster.world_size,
+        runtime_dir,
+        protocol: args.worker_protocol,
+        view,
+        layouts: HashMap::new(),
+    };
+    let abort_wait = actor.deadlines.abort + LOST_OR_ENDED;
+    let actor = tokio::spawn(actor.run(queue));
+
+    if let Some(file) = &args.port_file {
+        listen::announce(Path::new(&here(file)), &address)?;
+    }
+    context.output.line(format!("rank {} listens on {address}", cluster.rank));
+    tracing::info!(rank = cluster.rank, %address, "the parameter server takes requests");
+    let grace = Duration::from_secs(args.grace.into());
+    let waits = (grace, abort_wait);
+    let lost = answer_until_the_end(listener, app, job.session.clone(), signals, waits).await?;
+    end(job, actor, abort_wait).await;
+    match lost {
+        Some(cause) => Err(cause.into()),
+        None => Ok(context.output.object(&json!({ "rank": cluster.rank, "address": address }))?),
+    }
+}
+
+/// Serves until a signal, or until the job is lost; then gives requests under way `grace` to end by themselves, and
+/// `abort` to end after they were told to. The loss is the answer.
+async fn answer_until_the_end(
+    listener: Listener,
+    app: Arc<App>,
+    session: Session,
+    mut signals: Signals,
+    (grace, abort): (Duration, Duration),
+) -> Result<Option<Error>> {
+    let lost = Arc::new(OnceLock::new());
+    let (ending, mut ended) = tokio::sync::watch::channel(());
+    let stop = {
+        let (lost, session) = (lost.clone(), session.clone());
+        async move {
+            tokio::select! {
+                name = signals.next() => tracing::info!(signal = name, "ending"),
+                cause = session.until_lost() => {
+                    if tokio::time::timeout(LOST_OR_ENDED, signals.next()).await.is_err() {
+                        tracing::error!(error = %cause, "the job is lost; ending");
+                        // Set once: this is the only place.
+                        let _ = lost.set(cause);
+                    }
+                }
+            }
+            drop(ending);
+        }
+    };
+    let overdue = async {
+        // The sender never sends; an error means that it is gone.
+        let _ = ended.changed().await;
+        tokio::time::sleep(grace).await;
+    };
+    let mut serving = std::pin::pin!(listener.serve(api::router(app), stop));
+    tokio::select! {
+        served = &mut serving => served?,
+        () = overdue => {
+            tracing::warn!("requests under way are ended");
+            // An update hears of it from its session, tells its worker, and fails: its client gets an answer.
+            session.close().await;
+            if tokio::time::timeout(abort, serving).await.is_err() {
+                tracing::warn!("requests under way are cut off");
+            }
+        }
+    }
+    Ok(lost.get().cloned())
+}
+
+/// Leaves the job.
+async fn end(job: Arc<Job>, actor: JoinHandle<()>, wait: Duration) {
+    match Arc::try_unwrap(job) {
+        Ok(job) => job.leave().await,
+        // A connection that was cut off still has it.
+        Err(job) => job.session.clone().close().await,
+    }
+    if tokio::time::timeout(wait, actor).await.is_err() {
+        tracing::warn!("an update was cut off in the middle");
+    }
+}
+
+/// A TCP listener, and the token that it asks for if other hosts reach it.
+async fn tcp(
+    address: &str,
+    args: &ServeArgs,
+    session: &Session,
+    allowed: &AllowedPaths,
+) -> Result<(Listener, Option<Token>)> {
+    let address: SocketAddr = address
+        .parse()
+        .map_err(|_| invalid(format!("--listen {address} is no address such as 127.0.0.1:19730")))?;
+    let token = if address.ip().is_loopback() {
+        None
+    } else {
+        let named = std::env::var_os(TOKEN_VARIABLE).is_some_and(|token| !token.is_empty());
+        if !named && args.job.token_file.is_none() {
+            return Err(invalid(format!(
+                "other hosts reach {address}, so clients must send the job's token: set {TOKEN_VARIABLE}, pass \
+                 --token-file, or listen on 127.0.0.1 or --uds"
+            )));
+        }
+        Some(session.secret()?)
+    };
+    if allowed.is_any() {
+        tracing::warn!(%address, "clients may register any file that this process can read; limit them with --allow-path");
+    }
+    Ok((Listener::tcp(address).await?, token))
+}
+
+fn invalid(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::ConfigInvalid, "start the parameter server", message)
+}
+
+/// The signals that ask for an orderly end.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        let listen_for = |kind| {
+            signal(kind).map_err(|error| {
+                Error::new(ErrorKind::Backend, "start the parameter server", "signals cannot be handled")
+                    .caused_by(error)
+            })
+        };
+        Ok(Self {
+            terminate: listen_for(SignalKind::terminate())?,
+            interrupt: listen_for(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
