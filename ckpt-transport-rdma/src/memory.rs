@@ -45,10 +45,12 @@ impl MrSet {
 
 /// Registrations that are kept for the next read into the same buffer, until the buffer is gone.
 #[derive(Debug, Default)]
-pub(crate) struct MrCache(Mutex<Vec<(Weak<dyn Buffer>, Arc<MrSet>)>>);
+pub(crate) struct MrCache(Mutex<Vec<Kept>>);
+
+type Kept = (Weak<dyn Buffer>, Arc<MrSet>);
 
 impl MrCache {
-    fn lock(&self) -> MutexGuard<'_, Vec<(Weak<dyn Buffer>, Arc<MrSet>)>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Kept>> {
         // Each change under this lock is one call.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

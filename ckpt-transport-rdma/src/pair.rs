@@ -60,7 +60,8 @@ mod tests {
 
     #[test]
     fn rails_stay_together_and_every_nic_is_used() {
-        let table: [(&[&str], &[&str], &[(usize, usize)]); 6] = [
+        type Case<'a> = (&'a [&'a str], &'a [&'a str], &'a [(usize, usize)]);
+        let table: [Case; 6] = [
             (
                 &["::ffff:10.9.0.1", "::ffff:10.9.1.1"],
                 &["::ffff:10.9.0.2", "::ffff:10.9.1.2"],
