@@ -78,6 +78,13 @@ impl Table {
         self.rows.push(cells.into_iter().map(|cell| cell.to_string()).collect());
     }
 
+    /// Appends rows of a name and its value.
+    pub fn pairs<'a>(&mut self, rows: impl IntoIterator<Item = (&'a str, String)>) {
+        for (name, value) in rows {
+            self.row([name, &value]);
+        }
+    }
+
     /// The text, each line ended; `width` limits the last column.
     pub fn render(&self, width: Option<usize>) -> String {
         let lines = || std::iter::once(&self.header).chain(&self.rows);

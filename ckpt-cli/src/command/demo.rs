@@ -344,8 +344,6 @@ fn print(summary: &Summary, context: &Context) {
             format!("{} tensors, {verdict} ({:.3} s)", summary.verified_tensors, summary.verify_s),
         ),
     ];
-    for (what, value) in rows {
-        table.row([what.to_owned(), value]);
-    }
+    table.pairs(rows);
     context.output.table(&table);
 }

@@ -278,9 +278,7 @@ fn print(summary: &Summary, last: &Done, context: &Context) {
         ("ring", format_bytes(summary.ring_bytes)),
         ("rate", format!("{:.2} GiB/s", summary.gib_per_s)),
     ];
-    for (what, value) in rows {
-        table.row([what.to_owned(), value]);
-    }
+    table.pairs(rows);
     context.output.table(&table);
 }
 
