@@ -226,6 +226,9 @@ impl<'a> Schedule<'a> {
     }
 
     fn remember(&mut self, sender: usize) {
+        if !self.packing.interleave {
+            return;
+        }
         self.recent.push_back(sender);
         self.recent_turns[sender] += 1;
         if self.recent.len() as u64 >= u64::from(self.packing.window)
