@@ -2,6 +2,7 @@
 
 mod buffer;
 pub mod host;
+pub mod poll;
 mod stream;
 
 use std::{fmt, ops::Range, path::PathBuf, sync::Arc};
