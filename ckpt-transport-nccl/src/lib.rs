@@ -8,7 +8,6 @@ mod config;
 pub mod device;
 mod error;
 mod library;
-mod pause;
 mod table;
 mod transport;
 mod warm_up;

@@ -5,11 +5,11 @@ use std::{sync::Arc, time::Instant};
 
 use ckpt_core::{
     Error, ErrorKind, Key, Result,
-    device::{Buffer, BufferSlice, Event, RawStream, Stream},
+    device::{Buffer, BufferSlice, Event, RawStream, Stream, poll::Pause},
     transport::CollectiveOp,
 };
 
-use crate::{communicator::Shared, device::DeviceMemory, pause::Pause};
+use crate::{communicator::Shared, device::DeviceMemory};
 
 /// Bytes that each member sends.
 const ROW: u64 = 256;
