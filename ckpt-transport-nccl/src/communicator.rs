@@ -151,7 +151,7 @@ impl CommunicatorQueue for NcclQueue {
     }
 }
 
-fn check_op(op: &CollectiveOp, world_size: u32) -> Result<()> {
+pub(crate) fn check_op(op: &CollectiveOp, world_size: u32) -> Result<()> {
     if op.root >= world_size {
         return Err(Error::new(
             ErrorKind::Internal,
@@ -164,7 +164,7 @@ fn check_op(op: &CollectiveOp, world_size: u32) -> Result<()> {
         return Err(Error::new(
             ErrorKind::Unsupported,
             "broadcast",
-            "NCCL broadcasts device memory only; copy the bytes into the ring first",
+            "only device memory is broadcast; copy the bytes into the ring first",
         ));
     }
     Ok(())

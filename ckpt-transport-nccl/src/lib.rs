@@ -1,4 +1,4 @@
-//! CUDA devices and the transport `nccl`: broadcasts between NVIDIA GPUs.
+//! CUDA devices and two transports between NVIDIA GPUs: `cuda-ipc` copies inside a host, `nccl` broadcasts everywhere.
 //!
 //! Both libraries, the CUDA driver and NCCL, are opened at run time. Without them everything compiles and runs, and the
 //! probes say what is missing.
@@ -7,6 +7,7 @@ mod communicator;
 mod config;
 pub mod device;
 mod error;
+mod ipc;
 mod library;
 mod table;
 mod transport;
@@ -20,11 +21,13 @@ mod transport_tests;
 use ckpt_core::transport::Registry;
 
 pub use config::NcclConfig;
+pub use ipc::{CudaIpcProvider, CudaIpcTransport};
 pub use transport::{NcclProvider, NcclTransport};
 
-/// Adds the device `cuda` and the transport `nccl`.
+/// Adds the device `cuda` and the transports `cuda-ipc` and `nccl`.
 pub fn register(registry: &mut Registry) {
     let driver = device::DriverCell::default();
     registry.add_device(device::CudaProvider::new(driver.clone()));
+    registry.add_transport(CudaIpcProvider::new(driver.clone()));
     registry.add_transport(NcclProvider::new(driver));
 }

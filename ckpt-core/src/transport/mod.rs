@@ -95,7 +95,8 @@ pub struct CollectiveOp {
 pub trait CommunicatorQueue: Send + fmt::Debug {
     /// Enqueues `ops` as one group on `stream`; every member must enqueue the same groups in the same order.
     /// Returns when the work is really on the stream; the event completes when this member's bytes are there.
-    /// Enqueuing a receive offers its range: the bytes may be written from then on.
+    /// Enqueuing a receive offers its range: the bytes may be written from then on. Work that is put on the stream later
+    /// need not wait for the group: who needs its bytes waits for the event.
     async fn enqueue(&mut self, ops: Vec<CollectiveOp>, stream: &Arc<dyn Stream>) -> Result<Event>;
 }
 

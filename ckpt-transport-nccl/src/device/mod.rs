@@ -7,7 +7,8 @@
 mod batch;
 mod driver;
 mod event;
-mod memory;
+mod loans;
+pub(crate) mod memory;
 mod numa;
 mod pieces;
 mod ring;

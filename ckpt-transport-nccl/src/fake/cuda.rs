@@ -232,6 +232,18 @@ unsafe extern "C" fn memory_free(address: u64) -> i32 {
     0
 }
 
+unsafe extern "C" fn memory_block(base: *mut u64, len: *mut usize, address: u64) -> i32 {
+    let world = world();
+    match world.device.range(..=address).next_back() {
+        Some((start, bytes)) if address < start + bytes => {
+            // SAFETY: the caller gives room for both.
+            unsafe { (*base, *len) = (*start, *bytes as usize) };
+            0
+        }
+        _ => INVALID_VALUE,
+    }
+}
+
 unsafe extern "C" fn host_register(address: usize, len: usize, _: u32) -> i32 {
     let mut world = world();
     if world.registered.contains_key(&(address as u64)) {
@@ -448,6 +460,7 @@ pub(super) fn functions() -> Functions {
         memory_info,
         memory_alloc,
         memory_free,
+        memory_block,
         host_register,
         host_unregister,
         ipc_export,
