@@ -43,24 +43,13 @@ impl Lender {
         process: ProcessId,
     ) -> (Self, mpsc::UnboundedReceiver<Arc<Block>>) {
         let (to_us, returns) = mpsc::unbounded_channel();
-        let lender = Self {
-            context,
-            process,
-            next: 0,
-            blocks: HashMap::new(),
-            returned: BTreeMap::new(),
-            to_us,
-        };
+        let lender =
+            Self { context, process, next: 0, blocks: HashMap::new(), returned: BTreeMap::new(), to_us };
         (lender, returns)
     }
 
     /// The place of `slice` for member `peer`, and what to tell it first if it does not know the block.
-    pub(super) fn place(
-        &mut self,
-        peer: u32,
-        op: u32,
-        slice: &BufferSlice,
-    ) -> Result<(Option<Lent>, Place)> {
+    pub(super) fn place(&mut self, peer: u32, op: u32, slice: &BufferSlice) -> Result<(Option<Lent>, Place)> {
         if slice.len_bytes() == 0 {
             return Ok((None, Place { op, block: 0, offset: 0, len_bytes: 0 }));
         }
@@ -71,8 +60,7 @@ impl Lender {
                 self.next += 1;
                 let handle = memory::export(&self.context, base)?.to_vec();
                 self.context.driver.loans.lend(base, self.to_us.clone());
-                let lent =
-                    Lent { block: self.next, process: self.process, address: base, len_bytes, handle };
+                let lent = Lent { block: self.next, process: self.process, address: base, len_bytes, handle };
                 entry.insert(LentBlock { lent, told: BTreeSet::new() })
             }
         };
