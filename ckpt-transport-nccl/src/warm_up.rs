@@ -38,8 +38,7 @@ impl Rows {
             let message = "broadcasts between GPUs are enqueued on CUDA streams only";
             return Err(Error::new(ErrorKind::Unsupported, OPERATION, message));
         };
-        let memory: Arc<dyn Buffer> =
-            Arc::new(DeviceMemory::allocate(context, ROW * u64::from(world_size))?);
+        let memory: Arc<dyn Buffer> = Arc::new(DeviceMemory::allocate(context, ROW * u64::from(world_size))?);
         let own = memory.address() + ROW * u64::from(rank);
         stream.keep_alive(vec![BufferSlice::whole(memory.clone())])?;
         // SAFETY: the range lies in `memory`, which the stream keeps from the line above on.

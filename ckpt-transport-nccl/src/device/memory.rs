@@ -196,7 +196,9 @@ impl Drop for PinnedMemory {
 pub(crate) fn block_around(context: &Context, address: u64) -> Result<(u64, u64)> {
     let (mut base, mut len) = (0, 0usize);
     // SAFETY: writes one address and one length.
-    context.run("find a block of device memory", |f| unsafe { (f.memory_block)(&mut base, &mut len, address) })?;
+    context.run("find a block of device memory", |f| unsafe {
+        (f.memory_block)(&mut base, &mut len, address)
+    })?;
     Ok((base, len as u64))
 }
 
@@ -261,8 +263,7 @@ unsafe impl Buffer for IpcMapping {
 impl Drop for IpcMapping {
     fn drop(&mut self) {
         // SAFETY: opened once with this address; copies that used it held a slice until they were done.
-        let closed =
-            self.context.run("unmap device memory", |f| unsafe { (f.ipc_close)(self.base) });
+        let closed = self.context.run("unmap device memory", |f| unsafe { (f.ipc_close)(self.base) });
         if let Err(error) = closed {
             tracing::debug!(%error, "device memory was not unmapped");
         }

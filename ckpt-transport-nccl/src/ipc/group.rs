@@ -90,9 +90,9 @@ impl CommunicatorQueue for Queue {
     /// Work that is put on `stream` later does not wait for the group: who needs its bytes waits for the event.
     async fn enqueue(&mut self, ops: Vec<CollectiveOp>, stream: &Arc<dyn Stream>) -> Result<Event> {
         let ended = |talk: &Talk| {
-            let cause = talk.poisoned().unwrap_or_else(|| {
-                Error::new(ErrorKind::Internal, OPERATION, "the group's task has ended")
-            });
+            let cause = talk
+                .poisoned()
+                .unwrap_or_else(|| Error::new(ErrorKind::Internal, OPERATION, "the group's task has ended"));
             Err(Error::new(ErrorKind::Aborted, OPERATION, "the group was aborted").caused_by(cause))
         };
         if self.talk.poisoned().is_some() {
@@ -264,7 +264,8 @@ impl Task {
             unpushed,
             done,
         };
-        let gone = self.left.iter().copied().find(|p| group.unwritten.contains(p) || group.unpushed.contains(p));
+        let gone =
+            self.left.iter().copied().find(|p| group.unwritten.contains(p) || group.unpushed.contains(p));
         self.groups.insert(number, group);
         match gone {
             Some(peer) => Err(gone_early(peer)),
@@ -290,7 +291,8 @@ impl Task {
                 self.advance(number)
             }
             Step::Opened { peer, block, result } => {
-                let mapping = result.map_err(|e| e.with(Key::Rank, self.talk.rank()).with(Key::Peer, peer))?;
+                let mapping =
+                    result.map_err(|e| e.with(Key::Rank, self.talk.rank()).with(Key::Peer, peer))?;
                 self.mappings.insert((peer, block), Mapping::Open(mapping));
                 let waiting: Vec<u64> =
                     self.offers.keys().filter(|(_, from)| *from == peer).map(|(group, _)| *group).collect();
@@ -317,7 +319,8 @@ impl Task {
                 self.advance(group)
             }
             Message::Written { group: number } => {
-                let expected = self.groups.get_mut(&number).is_some_and(|group| group.unwritten.remove(&peer));
+                let expected =
+                    self.groups.get_mut(&number).is_some_and(|group| group.unwritten.remove(&peer));
                 if !expected {
                     return Err(differ(peer));
                 }
@@ -449,13 +452,13 @@ impl Task {
 
     /// Member `peer` has closed its end: well, if no group needs it any more.
     async fn closed_by(&mut self, peer: u32) -> Result<()> {
-        let needed =
-            |group: &Group| group.unwritten.contains(&peer) || group.unpushed.contains(&peer);
+        let needed = |group: &Group| group.unwritten.contains(&peer) || group.unpushed.contains(&peer);
         if self.groups.values().any(needed) {
             return Err(self.talk.lost(peer).await);
         }
         self.left.insert(peer);
-        let (gone, kept) = std::mem::take(&mut self.mappings).into_iter().partition(|((of, _), _)| *of == peer);
+        let (gone, kept) =
+            std::mem::take(&mut self.mappings).into_iter().partition(|((of, _), _)| *of == peer);
         self.mappings = kept;
         let gone: HashMap<(u32, u64), Mapping> = gone;
         let talk = self.talk.clone();

@@ -10,6 +10,7 @@ use ckpt_core::{
     device::{Buffer, BufferSlice, MemoryKind},
 };
 use tokio::sync::mpsc;
+use twox_hash::XxHash3_64;
 
 use super::message::{Lent, Place, ProcessId};
 use crate::device::{
@@ -43,24 +44,13 @@ impl Lender {
         process: ProcessId,
     ) -> (Self, mpsc::UnboundedReceiver<Arc<Block>>) {
         let (to_us, returns) = mpsc::unbounded_channel();
-        let lender = Self {
-            context,
-            process,
-            next: 0,
-            blocks: HashMap::new(),
-            returned: BTreeMap::new(),
-            to_us,
-        };
+        let lender =
+            Self { context, process, next: 0, blocks: HashMap::new(), returned: BTreeMap::new(), to_us };
         (lender, returns)
     }
 
     /// The place of `slice` for member `peer`, and what to tell it first if it does not know the block.
-    pub(super) fn place(
-        &mut self,
-        peer: u32,
-        op: u32,
-        slice: &BufferSlice,
-    ) -> Result<(Option<Lent>, Place)> {
+    pub(super) fn place(&mut self, peer: u32, op: u32, slice: &BufferSlice) -> Result<(Option<Lent>, Place)> {
         if slice.len_bytes() == 0 {
             return Ok((None, Place { op, block: 0, offset: 0, len_bytes: 0 }));
         }
@@ -71,8 +61,8 @@ impl Lender {
                 self.next += 1;
                 let handle = memory::export(&self.context, base)?.to_vec();
                 self.context.driver.loans.lend(base, self.to_us.clone());
-                let lent =
-                    Lent { block: self.next, process: self.process, address: base, len_bytes, handle };
+                let (host, process) = (host(), self.process);
+                let lent = Lent { block: self.next, host, process, address: base, len_bytes, handle };
                 entry.insert(LentBlock { lent, told: BTreeSet::new() })
             }
         };
@@ -135,10 +125,19 @@ unsafe impl Buffer for Neighbour {
     }
 }
 
+fn host() -> u64 {
+    let boot = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    XxHash3_64::oneshot(&boot)
+}
+
 /// Maps a block of another member. May take milliseconds.
 pub(super) fn map(context: &Arc<Context>, process: &ProcessId, lent: &Lent) -> Result<Arc<dyn Buffer>> {
     if lent.process == *process {
         return Ok(Arc::new(Neighbour { address: lent.address, len_bytes: lent.len_bytes }));
+    }
+    if lent.host != host() {
+        let message = "CUDA IPC reaches GPUs of one host only; use --transport nccl";
+        return Err(Error::new(ErrorKind::Unsupported, "map another rank's device memory", message));
     }
     let mapping = IpcMapping::open(context, &lent.handle, 0, lent.len_bytes).map_err(|cause| {
         Error::new(

@@ -134,7 +134,8 @@ impl Bench {
                     start[range.clone()].copy_from_slice(&expected[range]);
                 }
             }
-            self.copy(HostBuffer::from_bytes(&start)?.slice(), memory.clone()).await?;
+            self.copy(BufferSlice::whole(self.device.pin(HostBuffer::from_bytes(&start)?)?), memory.clone())
+                .await?;
             // A receive offers its range, so it is filled before anybody sends.
             self.exchange(&()).await?;
             self.repeat(communicator, &ops, 1).await?;
@@ -199,7 +200,7 @@ impl Bench {
     async fn wrong(&self, memory: &BufferSlice, expected: Vec<u8>) -> Result<u64> {
         // Into bytes that are all wrong: a copy that does not happen is seen.
         let (_, opposite) = patterns(expected.len() as u64).await?;
-        let found = HostBuffer::from_bytes(&opposite)?.slice();
+        let found = BufferSlice::whole(self.device.pin(HostBuffer::from_bytes(&opposite)?)?);
         self.copy(memory.clone(), found.clone()).await?;
         let counted = tokio::task::spawn_blocking(move || {
             let meta = TensorMeta::new("bench", DType::U8, [expected.len() as u64])?;
