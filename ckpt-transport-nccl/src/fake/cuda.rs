@@ -273,6 +273,11 @@ unsafe extern "C" fn ipc_open(address: *mut u64, handle: IpcHandle, _: u32) -> i
     if is_allocated(u64::from_le_bytes(bytes)) { 0 } else { INVALID_VALUE }
 }
 
+/// In place of [`ipc_open`]: `CUDA_ERROR_PEER_ACCESS_UNSUPPORTED`.
+pub(super) unsafe extern "C" fn ipc_refused(_: *mut u64, _: IpcHandle, _: u32) -> i32 {
+    217
+}
+
 unsafe extern "C" fn ipc_close(_: u64) -> i32 {
     0
 }

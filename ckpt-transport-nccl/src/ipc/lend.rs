@@ -10,6 +10,7 @@ use ckpt_core::{
     device::{Buffer, BufferSlice, MemoryKind},
 };
 use tokio::sync::mpsc;
+use twox_hash::XxHash3_64;
 
 use super::message::{Lent, Place, ProcessId};
 use crate::device::{
@@ -60,7 +61,8 @@ impl Lender {
                 self.next += 1;
                 let handle = memory::export(&self.context, base)?.to_vec();
                 self.context.driver.loans.lend(base, self.to_us.clone());
-                let lent = Lent { block: self.next, process: self.process, address: base, len_bytes, handle };
+                let (host, process) = (host(), self.process);
+                let lent = Lent { block: self.next, host, process, address: base, len_bytes, handle };
                 entry.insert(LentBlock { lent, told: BTreeSet::new() })
             }
         };
@@ -123,10 +125,19 @@ unsafe impl Buffer for Neighbour {
     }
 }
 
+fn host() -> u64 {
+    let boot = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    XxHash3_64::oneshot(&boot)
+}
+
 /// Maps a block of another member. May take milliseconds.
 pub(super) fn map(context: &Arc<Context>, process: &ProcessId, lent: &Lent) -> Result<Arc<dyn Buffer>> {
     if lent.process == *process {
         return Ok(Arc::new(Neighbour { address: lent.address, len_bytes: lent.len_bytes }));
+    }
+    if lent.host != host() {
+        let message = "CUDA IPC reaches GPUs of one host only; use --transport nccl";
+        return Err(Error::new(ErrorKind::Unsupported, "map another rank's device memory", message));
     }
     let mapping = IpcMapping::open(context, &lent.handle, 0, lent.len_bytes).map_err(|cause| {
         Error::new(

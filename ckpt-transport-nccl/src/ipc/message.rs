@@ -10,6 +10,8 @@ pub(super) type ProcessId = [u8; 16];
 pub(super) struct Lent {
     /// The lender's number for it.
     pub(super) block: u64,
+    /// The kernel's boot id, hashed: handles mean nothing on other hosts.
+    pub(super) host: u64,
     /// Whose memory: a process cannot map its own.
     pub(super) process: ProcessId,
     /// Where it starts in that process.

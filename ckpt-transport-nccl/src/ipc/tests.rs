@@ -198,10 +198,10 @@ fn a_block_is_free_when_the_last_member_has_forgotten_it() {
 
 #[test]
 fn the_messages_stay_as_they_are() {
-    let lent = Lent { block: 1, process: [2; 16], address: 3, len_bytes: 300, handle: vec![4; 2] };
+    let lent = Lent { block: 1, host: 300, process: [2; 16], address: 3, len_bytes: 300, handle: vec![4; 2] };
     let place = Place { op: 5, block: 6, offset: 7, len_bytes: 8 };
     let golden: [(Message, Vec<u8>); 5] = [
-        (Message::Lend(lent), [vec![0, 1], vec![2; 16], vec![3, 0xAC, 2, 2, 4, 4]].concat()),
+        (Message::Lend(lent), [vec![0, 1, 0xAC, 2], vec![2; 16], vec![3, 0xAC, 2, 2, 4, 4]].concat()),
         (Message::Offer { group: 9, places: vec![place] }, vec![1, 9, 1, 5, 6, 7, 8]),
         (Message::Written { group: 9 }, vec![2, 9]),
         (Message::Forget { block: 1 }, vec![3, 1]),

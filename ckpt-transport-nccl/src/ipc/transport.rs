@@ -11,8 +11,8 @@ use ckpt_core::{
     Error, ErrorKind, Result,
     device::{DeviceBackend, RawStream},
     transport::{
-        Capability, Collective, Communicator, GroupSpec, OneSided, Probe, Transport, TransportConfig,
-        TransportProvider, tcp::Messenger,
+        Capability, Collective, CollectiveOp, Communicator, GroupSpec, OneSided, Probe, Transport,
+        TransportConfig, TransportProvider, tcp::Messenger,
     },
 };
 
@@ -142,7 +142,13 @@ impl Collective for CudaIpcTransport {
             // The cause that ended a group says more than the deadline that it made pass.
             let ended = written.done(deadline).await;
             talk.poisoned().map_or(ended, Err)?;
-            rows.check("use --transport nccl")
+            rows.check("use --transport nccl")?;
+            // Broadcasts of nothing: they are over when every member has come this far, so that either all go on or none.
+            let nothing =
+                rows.ops()?.into_iter().map(|op| Ok(CollectiveOp { buffer: op.buffer.slice(0..0)?, ..op }));
+            let met = communicator.queue.enqueue(nothing.collect::<Result<_>>()?, &stream).await?;
+            let ended = met.done(deadline).await;
+            talk.poisoned().map_or(ended, Err)
         };
         let unfinished = FailUnlessDone(Some(talk.clone()));
         match warm_up.await {
