@@ -216,6 +216,7 @@ impl Puller {
         let Some(one_sided) = self.pull.reader.one_sided() else {
             return Err(Error::new(ErrorKind::Internal, OPERATION, "the transport lost its one-sided facet"));
         };
+        tracing::debug!(rank = self.rank, owners = ?batches.keys(), "pulling a bucket");
         // One batch an owner, so that a failure names it.
         let mut reads = Vec::with_capacity(batches.len());
         for (owner, ops) in batches {

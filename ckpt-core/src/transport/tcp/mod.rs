@@ -14,7 +14,7 @@ mod one_sided;
 mod socket;
 #[cfg(test)]
 mod tests;
-mod wire;
+pub(crate) mod wire;
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
