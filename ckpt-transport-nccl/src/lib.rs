@@ -11,7 +11,6 @@ mod either;
 mod error;
 mod ipc;
 mod library;
-mod pause;
 mod table;
 mod transport;
 mod warm_up;

@@ -5,14 +5,13 @@ use std::{sync::Arc, time::Instant};
 
 use ckpt_core::{
     Error, ErrorKind, Key, Result,
-    device::{Buffer, BufferSlice, Event, RawStream, Stream},
+    device::{Buffer, BufferSlice, Event, RawStream, Stream, poll::Pause},
     transport::CollectiveOp,
 };
 
 use crate::{
     communicator::Shared,
     device::{Context, DeviceMemory},
-    pause::Pause,
 };
 
 /// Bytes that each member sends.

@@ -1,5 +1,6 @@
 //! The transport seam: broadcasts in a group (collective facet) and reads of remote memory (one-sided facet).
 
+pub mod endings;
 mod group;
 pub mod library;
 pub mod local;
