@@ -15,6 +15,7 @@ pub mod layer;
 pub mod manifest;
 pub mod metas;
 pub mod plan;
+pub mod predict;
 pub mod server;
 pub mod sink;
 pub mod testkit;
