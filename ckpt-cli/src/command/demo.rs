@@ -58,7 +58,7 @@ pub(crate) struct DemoArgs {
     /// How bytes reach other ranks
     #[arg(long, default_value = "auto", value_name = "NAME")]
     transport: String,
-    /// Where the weights go; with cuda each rank has a GPU
+    /// Where the weights go; with cuda or ascend each rank has a device of its own
     #[arg(long, default_value = "host", value_name = "KIND")]
     device: String,
     /// Updates to make
