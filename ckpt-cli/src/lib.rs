@@ -5,6 +5,8 @@
 //! - a failure is one line, `error: ...`, and with `--json` also `{"error":{"kind","operation","message","context"}}`;
 //! - exit codes are those of [`Exit`].
 
+#[cfg(feature = "hccl")]
+mod ascend_worker;
 mod command;
 #[cfg(feature = "nccl")]
 mod cuda_worker;
@@ -46,11 +48,7 @@ pub fn registry() -> Registry {
     #[cfg(feature = "nccl")]
     ckpt_transport_nccl::register(&mut registry);
     #[cfg(feature = "hccl")]
-    {
-        use ckpt_transport_hccl::{AscendProvider, HcclConfig, HcclProvider};
-        registry.add_device(AscendProvider::new(HcclConfig::from_env(&env)));
-        registry.add_transport(HcclProvider::new(HcclConfig::from_env(&env)));
-    }
+    ckpt_transport_hccl::register(&mut registry, &env);
     #[cfg(feature = "rdma")]
     {
         use ckpt_transport_rdma::{RdmaConfig, RdmaProvider};
@@ -77,8 +75,23 @@ pub(crate) fn worker_devices() -> Vec<Box<dyn WorkerDevice>> {
     vec![
         #[cfg(feature = "nccl")]
         Box::<cuda_worker::CudaWorker>::default(),
+        #[cfg(feature = "hccl")]
+        Box::new(ascend_worker::AscendWorker::new(&|name| std::env::var(name).ok())),
         Box::new(HostWorker),
     ]
+}
+
+/// What `ckpt doctor` says about the surroundings of devices: a name, whether it is as it must be, and the details.
+pub(crate) fn device_checks() -> Vec<(&'static str, bool, String)> {
+    #[allow(unused_mut, reason = "a build may have no such device")]
+    let mut checks = Vec::new();
+    #[cfg(feature = "hccl")]
+    checks.extend(
+        ckpt_transport_hccl::check::look(&|name| std::env::var(name).ok())
+            .into_iter()
+            .map(|finding| (finding.name, finding.good, finding.detail)),
+    );
+    checks
 }
 
 /// The cargo features that this build has.

@@ -13,7 +13,7 @@ use clap::Args;
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
-use crate::{Context, exit::Exit, features, output::Table, output::format_bytes};
+use crate::{Context, device_checks, exit::Exit, features, output::Table, output::format_bytes};
 
 /// Look for devices, transports and limits, and say what is missing
 #[derive(Args, Debug)]
@@ -70,7 +70,11 @@ pub(crate) async fn run(args: DoctorArgs, context: &Context) -> anyhow::Result<E
     let report = tokio::task::block_in_place(|| {
         let devices = registry.devices().map(|d| backend(d.kind(), d.probe())).collect();
         let transports = registry.transports().map(|t| backend(t.name(), t.probe())).collect();
-        let system = vec![kernel(), runtime_folder(), shared_memory(), memory_lock(), open_files()];
+        let mut system = vec![kernel(), runtime_folder(), shared_memory(), memory_lock(), open_files()];
+        system.extend(device_checks().into_iter().map(|(name, good, detail)| {
+            let verdict = if good { Verdict::Ok } else { Verdict::Warning };
+            Check { name, verdict, detail }
+        }));
         let healthy = system.iter().all(|check| check.verdict != Verdict::Failed);
         Report {
             version: env!("CARGO_PKG_VERSION"),
