@@ -113,7 +113,7 @@ pub(crate) fn encode_regions<'a>(regions: impl Iterator<Item = &'a RemoteRegion>
 }
 
 /// A rank's regions as `transport` reads them, one for each arena.
-fn regions_of(metas: &RankMetas, transport: &str) -> Result<Vec<RemoteRegion>> {
+pub(crate) fn regions_of(metas: &RankMetas, transport: &str) -> Result<Vec<RemoteRegion>> {
     let corrupt = |what: &str| {
         Error::new(ErrorKind::Corrupt, OPERATION, format!("the owner's metas are damaged: {what}"))
     };
