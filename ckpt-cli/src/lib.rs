@@ -38,7 +38,7 @@ pub use output::{Output, Table, format_bytes};
 
 /// Everything that this build can use, in the order in which `auto` tries it. The only place with feature switches.
 ///
-/// Devices: cuda, ascend, host. Transports: nccl, hccl, rdma, ucx, mooncake, local, tcp. Accelerators come before the
+/// Devices: cuda, ascend, host. Transports: cuda, cuda-ipc, nccl, hccl, rdma, ucx, mooncake, local, tcp. Accelerators come before the
 /// host, native transports before portable ones; `local` refuses ranks in other processes, so `tcp` is the last resort
 /// that always works.
 pub fn registry() -> Registry {
@@ -197,7 +197,7 @@ mod tests {
     fn native_transports_come_first_and_names_are_unique() {
         let registry = registry();
         let names: Vec<_> = registry.transports().map(|t| t.name()).collect();
-        let order = ["nccl", "hccl", "rdma", "ucx", "mooncake", "local", "tcp"];
+        let order = ["cuda", "cuda-ipc", "nccl", "hccl", "rdma", "ucx", "mooncake", "local", "tcp"];
         let expected: Vec<_> = order.into_iter().filter(|name| names.contains(name)).collect();
         assert_eq!(names, expected);
         let devices: Vec<_> = registry.devices().map(|d| d.kind()).collect();

@@ -17,7 +17,7 @@ use crate::{
 /// The first bytes of every connection; the last one is the protocol's version.
 const MAGIC: [u8; 8] = *b"ckpttcp\x01";
 /// No frame is longer.
-const FRAME_LIMIT: usize = 1 << 20;
+pub(super) const FRAME_LIMIT: usize = 1 << 20;
 /// Before the other side has proved anything.
 const HELLO_LIMIT: usize = 1 << 10;
 
@@ -121,7 +121,7 @@ pub(super) async fn receive<T: DeserializeOwned>(stream: &TcpStream) -> Result<T
     decode(&body)
 }
 
-async fn receive_frame(stream: &TcpStream, limit: usize) -> Result<Vec<u8>> {
+pub(super) async fn receive_frame(stream: &TcpStream, limit: usize) -> Result<Vec<u8>> {
     let mut len = [0; 4];
     read_exact(stream, &mut len).await.map_err(broken)?;
     let len = u32::from_le_bytes(len) as usize;
