@@ -16,7 +16,9 @@ mod job;
 mod leave;
 mod listen;
 mod logging;
+mod machine;
 mod output;
+mod picture;
 mod progress;
 
 use std::{
@@ -136,6 +138,11 @@ struct Cli {
     logging: logging::LoggingArgs,
     #[command(subcommand)]
     command: command::Command,
+}
+
+/// The command line as clap knows it, for completions and manual pages.
+pub(crate) fn command_line() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
 }
 
 /// The whole program: what the `ckpt` binary does with the process's own arguments.

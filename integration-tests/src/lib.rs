@@ -6,6 +6,7 @@ mod engine;
 mod http;
 mod job;
 mod process;
+pub mod schema;
 
 pub use engine::{FakeEngine, Script};
 pub use http::{Reply, http_get};
