@@ -45,6 +45,9 @@ pub(crate) struct JobArgs {
     /// Time for all ranks to come
     #[arg(long, default_value = "60", value_parser = seconds, value_name = "SECONDS")]
     join_timeout: Duration,
+    /// Time for the engine, its worker and the way to the other ranks to be ready; the whole update's, if that is less
+    #[arg(long, default_value = "300", value_parser = seconds, value_name = "SECONDS")]
+    ready_timeout: Duration,
     /// Time for one bucket
     #[arg(long, default_value = "30", value_parser = seconds, value_name = "SECONDS")]
     bucket_timeout: Duration,
@@ -92,7 +95,7 @@ impl Rank {
             join: args.join_timeout,
             bucket: args.bucket_timeout,
             total: args.timeout,
-            ready: args.timeout,
+            ready: args.ready_timeout.min(args.timeout),
             ..Deadlines::default()
         };
         let mut limits = PlanLimits::from_env(&env).map_err(Error::from)?;

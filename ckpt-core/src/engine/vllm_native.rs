@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use async_trait::async_trait;
-use reqwest::StatusCode;
+use reqwest::{StatusCode, Url};
 use serde_json::{Value, json};
 
 use super::{Engine, EngineAddress, EngineRequest, client::EngineClient};
@@ -23,8 +23,13 @@ impl VllmNativeEngine {
         Ok(Self { client: EngineClient::new("vLLM", address)? })
     }
 
+    fn health(&self) -> Url {
+        self.client.address().join("/health")
+    }
+
     async fn post(&self, path: &str, body: &Value, deadline: Instant) -> Result<()> {
-        let reply = self.client.post(OPERATION, self.client.address().join(path), body, deadline).await?;
+        let url = self.client.address().join(path);
+        let reply = self.client.post(OPERATION, url, body, Some(self.health()), deadline).await?;
         match reply.status {
             status if status.is_success() => Ok(()),
             StatusCode::NOT_FOUND => Err(self.client.error(
@@ -48,9 +53,7 @@ impl Engine for VllmNativeEngine {
     }
 
     async fn ready(&self, deadline: Instant) -> Result<()> {
-        self.client
-            .wait_ready(self.client.address().join("/health"), deadline, |status| status.is_success())
-            .await
+        self.client.wait_ready(self.health(), deadline, |status| status.is_success()).await
     }
 
     /// The workers take the weights during `/update_weights`; what compiles or repacks them runs in

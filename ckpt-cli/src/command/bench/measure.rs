@@ -134,7 +134,7 @@ impl Bench {
                     start[range.clone()].copy_from_slice(&expected[range]);
                 }
             }
-            self.copy(HostBuffer::from_bytes(&start)?.slice(), memory.clone()).await?;
+            self.copy(self.pinned(&start)?, memory.clone()).await?;
             // A receive offers its range, so it is filled before anybody sends.
             self.exchange(&()).await?;
             self.repeat(communicator, &ops, 1).await?;
@@ -166,7 +166,7 @@ impl Bench {
         let (expected, opposite) = patterns(size).await?;
         // Rank 0 lends; alone it reads its own memory.
         let registration = match self.rank() {
-            0 => Some(facet.register(self.device.pin(HostBuffer::from_bytes(&expected)?)?).await?),
+            0 => Some(facet.register(self.pinned(&expected)?.buffer().clone()).await?),
             _ => None,
         };
         let region = registration.as_ref().map(|registration| registration.region().clone());
@@ -174,7 +174,7 @@ impl Bench {
         let region = regions.into_iter().flatten().next().ok_or_else(|| bug("rank 0 told no region"))?;
         let mut part = Part { seconds: 0.0, latencies: Vec::new(), wrong_bytes: None };
         if self.rank() != 0 || self.world_size() == 1 {
-            let into = BufferSlice::whole(self.device.pin(HostBuffer::from_bytes(&opposite)?)?);
+            let into = self.pinned(&opposite)?;
             let op = ReadOp { region: Arc::new(region), offset: 0, into: into.clone() };
             let deadline = self.deadline();
             for number in 0..self.args.warmup + self.args.iters {
@@ -199,7 +199,7 @@ impl Bench {
     async fn wrong(&self, memory: &BufferSlice, expected: Vec<u8>) -> Result<u64> {
         // Into bytes that are all wrong: a copy that does not happen is seen.
         let (_, opposite) = patterns(expected.len() as u64).await?;
-        let found = HostBuffer::from_bytes(&opposite)?.slice();
+        let found = self.pinned(&opposite)?;
         self.copy(memory.clone(), found.clone()).await?;
         let counted = tokio::task::spawn_blocking(move || {
             let meta = TensorMeta::new("bench", DType::U8, [expected.len() as u64])?;
@@ -207,6 +207,11 @@ impl Bench {
             Ok(found.iter().zip(&expected).filter(|(a, b)| a != b).count() as u64)
         });
         counted.await.unwrap_or_else(|error| Err(bug("the comparing thread died").caused_by(error)))
+    }
+
+    /// Host memory with these bytes. Accelerators copy from and to pinned memory only.
+    fn pinned(&self, bytes: &[u8]) -> Result<BufferSlice> {
+        Ok(BufferSlice::whole(self.device.pin(HostBuffer::from_bytes(bytes)?)?))
     }
 
     async fn copy(&self, from: BufferSlice, to: BufferSlice) -> Result<()> {

@@ -20,7 +20,7 @@ use tokio::{net::TcpStream, task::JoinSet};
 use super::{
     TcpTransport,
     node::Node,
-    socket::{dial, is_idle, read_exact, write_all},
+    socket::{dial, is_idle, read_exact, read_owed, write_all},
     wire::{Hello, Id, Purpose, ReadRequest, broken, decode, encode, introduce},
 };
 use crate::{
@@ -38,6 +38,8 @@ const PIECE_BYTES: u64 = 4 << 20;
 const IDLE_TIME: Duration = Duration::from_secs(300);
 /// A reader that takes this long for one piece is gone.
 const PIECE_TIME: Duration = Duration::from_secs(60);
+/// An owner that sends nothing this long, while it owes bytes, is given up.
+const SILENCE: Duration = Duration::from_secs(5);
 /// Status and length before the bytes or the error's text.
 const ANSWER_BYTES: usize = 16;
 const ERROR_LIMIT: u64 = 1 << 16;
@@ -238,11 +240,15 @@ async fn read_lane(
     let stream = match node.pool.take(&peer) {
         Some(stream) => stream,
         None => {
-            let stream = dial(address).await?;
-            let (rank, world_size, epoch) = (0, 0, 0);
-            let hello = Hello { id: descriptor.id, rank, world_size, epoch, purpose: Purpose::Read };
-            introduce(&stream, &node.key(&descriptor.secret), &hello).await?;
-            stream
+            let meet = async {
+                let stream = dial(address).await?;
+                let (rank, world_size, epoch) = (0, 0, 0);
+                let hello = Hello { id: descriptor.id, rank, world_size, epoch, purpose: Purpose::Read };
+                introduce(&stream, &node.key(&descriptor.secret), &hello).await?;
+                Ok(stream)
+            };
+            let silent = |_| Err(lost(io::ErrorKind::TimedOut.into()));
+            tokio::time::timeout(SILENCE, meet).await.unwrap_or_else(silent)?
         }
     };
     let ask = async {
@@ -260,9 +266,18 @@ async fn read_lane(
     Ok(())
 }
 
+fn lost(error: io::Error) -> Error {
+    if error.kind() != io::ErrorKind::TimedOut {
+        return broken(error);
+    }
+    let text =
+        format!("the owner owes bytes and has sent none for {} s; it may be stopped", SILENCE.as_secs());
+    Error::new(ErrorKind::PeerLost, "read remote memory", text)
+}
+
 async fn take_piece(stream: &TcpStream, piece: &Piece) -> Result<()> {
     let mut head = [0; ANSWER_BYTES];
-    read_exact(stream, &mut head).await.map_err(broken)?;
+    read_owed(stream, &mut head, SILENCE).await.map_err(lost)?;
     let word = |range: std::ops::Range<usize>| {
         let mut le = [0; 8];
         le.copy_from_slice(&head[range]);
@@ -273,14 +288,14 @@ async fn take_piece(stream: &TcpStream, piece: &Piece) -> Result<()> {
         // SAFETY: the destination belongs to this read until its event has completed, pieces do not overlap, and
         // `piece` keeps the memory mapped.
         let bytes = unsafe { piece.into.as_mut_slice() }?;
-        read_exact(stream, bytes).await.map_err(broken)?;
+        read_owed(stream, bytes, SILENCE).await.map_err(lost)?;
         let mut live = [0];
-        read_exact(stream, &mut live).await.map_err(broken)?;
+        read_owed(stream, &mut live, SILENCE).await.map_err(lost)?;
         return if live == [1] { Ok(()) } else { Err(stale(piece.request.generation)) };
     }
     if status == FAILED && len <= ERROR_LIMIT {
         let mut text = vec![0; len as usize];
-        read_exact(stream, &mut text).await.map_err(broken)?;
+        read_owed(stream, &mut text, SILENCE).await.map_err(lost)?;
         return Err(decode::<Error>(&text)?);
     }
     Err(Error::new(ErrorKind::Corrupt, "read remote memory", "the owner's answer does not fit the request"))
