@@ -103,7 +103,7 @@ fn sent_packets(device: &str) -> u64 {
 #[ignore = "needs an RDMA device: integration-tests/rdma-vm/test.sh"]
 async fn one_sided_conformance() {
     let report = conformance::one_sided(&Verbs::new()).await.unwrap();
-    assert_eq!((report.passed.len(), report.skipped.len()), (10, 0), "{report:?}");
+    assert_eq!((report.passed.len(), report.skipped.len()), (19, 0), "{report:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

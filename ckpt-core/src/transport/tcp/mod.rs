@@ -14,6 +14,7 @@ mod socket;
 #[cfg(test)]
 mod tests;
 mod wire;
+mod write;
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
@@ -76,6 +77,7 @@ impl Transport for TcpTransport {
         Capability {
             collective: true,
             one_sided: true,
+            one_sided_write: true,
             across_processes: true,
             across_hosts: !self.node.listens.ip().is_loopback(),
             devices: &["host"],
