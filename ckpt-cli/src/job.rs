@@ -22,7 +22,8 @@ use clap::Args;
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Job")]
 pub(crate) struct JobArgs {
-    /// How bytes reach other ranks: a name, or `auto` for the first that works here
+    /// How bytes reach other ranks: a name, or `auto` for the first that works here; one that only reads (rdma, ucx,
+    /// mooncake) stands for --p2p-transport, and what broadcasts is then chosen
     #[arg(long, default_value = "auto", value_name = "NAME")]
     pub(crate) transport: String,
     /// How P2P updates read other ranks' memory: a name, or `auto` for the same transport if it can and else the first
@@ -53,6 +54,23 @@ pub(crate) struct JobArgs {
     /// Aim at buckets of this size
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1 << 20), value_name = "MIB")]
     bucket_mib: Option<u64>,
+}
+
+impl JobArgs {
+    /// The names of what broadcasts and of what reads.
+    fn transports(&self, registry: &Registry) -> Result<(&str, &str), Error> {
+        let (transport, reader) = (self.transport.as_str(), self.p2p_transport.as_str());
+        if transport == AUTO || registry.transport(transport)?.broadcasts() {
+            return Ok((transport, reader));
+        }
+        if reader == AUTO || reader == transport {
+            return Ok((AUTO, transport));
+        }
+        let what = format!(
+            "transport `{transport}` only reads, and --p2p-transport says that `{reader}` does; give one of the two"
+        );
+        Err(Error::new(ErrorKind::ConfigInvalid, "choose a backend", what))
+    }
 }
 
 /// A time limit: more than nothing and at most a day.
@@ -135,11 +153,12 @@ impl Rank {
             across_processes: cluster.world_size > 1,
             across_hosts: !cluster.is_single_host(),
         };
-        let transport = registry.open_transport(&args.transport, &config, required)?;
+        let (broadcasting, reading_by) = args.transports(registry)?;
+        let transport = registry.open_transport(broadcasting, &config, required)?;
         let name = transport.name();
         let can = transport.capability();
         let itself = can.one_sided && can.across_processes && reading.secret.is_none();
-        let reader = if itself && [AUTO, name].contains(&args.p2p_transport.as_str()) {
+        let reader = if itself && [AUTO, name].contains(&reading_by) {
             Ok(transport.clone())
         } else {
             if let Some(secret) = &reading.secret {
@@ -152,11 +171,11 @@ impl Rank {
                 across_hosts: !cluster.is_single_host(),
                 ..Requirement::default()
             };
-            registry.open_transport(&args.p2p_transport, &config, required)
+            registry.open_transport(reading_by, &config, required)
         };
         let reader = match reader {
             Ok(reader) => reader,
-            Err(error) if reading.needed || args.p2p_transport != AUTO => return Err(error.into()),
+            Err(error) if reading.needed || reading_by != AUTO => return Err(error.into()),
             Err(error) => {
                 tracing::info!(%error, "other ranks cannot read this rank's memory");
                 transport.clone()

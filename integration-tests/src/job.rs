@@ -89,6 +89,11 @@ impl Job {
     /// Starts `ckpt update` of this checkpoint on all ranks, each with an engine of its own that speaks the native
     /// protocol; `options` may say otherwise.
     pub fn update(&self, options: &[&str]) -> Ranks {
+        self.update_in(&[], options)
+    }
+
+    /// The same with environment variables.
+    pub fn update_in(&self, env: &[(&str, &str)], options: &[&str]) -> Ranks {
         let ports = TcpSocket::new_v4().and_then(|socket| {
             // Bound and never listening: nobody else is given the port, and the hub, which reuses addresses, gets it.
             socket.set_reuseaddr(true)?;
@@ -96,7 +101,7 @@ impl Job {
             Ok((socket.local_addr()?, socket))
         });
         let (hub, reserved) = ports.expect("a free port");
-        let world_size = self.world_size.to_string();
+        let (hub, world_size) = (hub.to_string(), self.world_size.to_string());
         let start = |rank: u32| {
             let rank = rank.to_string();
             let mut program = Program::new(self.program).args(["update", "--json", "--device", "host"]);
@@ -113,12 +118,12 @@ impl Job {
             }
             let variables = [
                 ("RANK", rank.as_str()),
-                ("WORLD_SIZE", &world_size),
-                ("LOCAL_RANK", &rank),
-                ("LOCAL_WORLD_SIZE", &world_size),
-                ("CKPT_HUB_ADDRESS", &hub.to_string()),
+                ("WORLD_SIZE", world_size.as_str()),
+                ("LOCAL_RANK", rank.as_str()),
+                ("LOCAL_WORLD_SIZE", world_size.as_str()),
+                ("CKPT_HUB_ADDRESS", hub.as_str()),
             ];
-            let program = variables.into_iter().fold(program, |p, (name, value)| p.env(name, value));
+            let program = variables.iter().chain(env).fold(program, |p, (name, value)| p.env(*name, *value));
             program.env("CKPT_RUNTIME_DIR", self.runtime_dir()).args(options).spawn()
         };
         Ranks { processes: (0..self.world_size).map(|rank| Some(start(rank))).collect(), _hub: reserved }
