@@ -7,7 +7,7 @@ async fn bench(transport: &str, op: &str, ranks: u32, sizes: &str) -> Value {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let program = ckpt!("bench", "transport", "--device", "host", "--transport", transport, "--op", op)
         .args(["--sizes", sizes, "--ranks", &ranks.to_string()])
-        .args(["--warmup", "1", "--iters", "11", "--check", "--json"])
+        .args(["--warmup", "1", "--iters", "11", "--depth", "4", "--check", "--json"])
         .env("CKPT_RUNTIME_DIR", folder.path().join("run"));
     program.finish().await.expect_code(0).json()
 }

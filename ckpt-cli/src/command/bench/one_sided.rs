@@ -108,7 +108,8 @@ impl Bench {
             facet,
             way,
             region: Arc::new(region),
-            start: if areas > 1 { u64::from(self.rank() - 1) * size * count } else { 0 },
+            // Rank 0 has none, unless it is alone.
+            start: if areas > 1 { u64::from(self.rank().saturating_sub(1)) * size * count } else { 0 },
             memory: BufferSlice::whole(self.device.pin(HostBuffer::from_bytes(here)?)?),
             size,
             count,
