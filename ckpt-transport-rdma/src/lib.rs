@@ -1,14 +1,15 @@
-//! RDMA through verbs (`libibverbs`), and through UCX with the cargo feature `ucx`.
+//! One-sided transports: RDMA through verbs (`libibverbs`), and with the cargo feature `ucx` whatever UCX has.
 //!
 //! The transport `rdma` reads and writes host memory of other processes over reliable-connected queue pairs, striped over queue
 //! pairs and NICs; the owner's code takes no part in moving bytes. A small TCP connection beside the queue pairs
 //! exchanges their numbers, proves the job's secret, and answers whether a region still lives. `docs/rdma.md` says how
 //! devices are chosen; `docs/unsafe.md` how the library is called without its headers.
 //!
-//! UCX is looked for and not driven; `probe` never says "available" for something that `open` cannot do.
+//! The transport `ucx` does the same through UCX, which chooses between shared memory, RDMA and TCP (`ucx/`).
 
 mod config;
 mod connection;
+mod ending;
 mod error;
 mod lane;
 mod library;

@@ -153,7 +153,7 @@ impl Regions {
         generation
     }
 
-    fn remove(&self, generation: u64) {
+    pub(crate) fn remove(&self, generation: u64) {
         let buffer = self.lock().live.remove(&generation);
         drop(buffer);
     }
@@ -167,6 +167,13 @@ impl Regions {
     pub(crate) fn check(&self, claims: &[Claim]) -> Result<()> {
         let state = self.lock();
         claims.iter().try_for_each(|claim| state.find(claim).map(drop))
+    }
+
+    /// The memory of `claims`, if all hold: it stays while the answer does.
+    #[cfg(feature = "ucx")]
+    pub(crate) fn hold(&self, claims: &[Claim]) -> Result<Vec<Arc<dyn Buffer>>> {
+        let state = self.lock();
+        claims.iter().map(|claim| state.find(claim).cloned()).collect()
     }
 
     /// Copies `from` to the end of the claimed range of this process's own region. The lock keeps the region alive

@@ -1,27 +1,20 @@
 //! The transport `rdma`: the one-sided facet over verbs.
 
-use std::{
-    any::Any,
-    collections::HashMap,
-    fmt,
-    net::SocketAddr,
-    sync::{Arc, OnceLock},
-    time::Instant,
-};
+use std::{collections::HashMap, fmt, net::SocketAddr, sync::Arc, time::Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use ckpt_core::{
     Error, ErrorKind, Key, Result,
-    device::{Buffer, Event, EventState},
+    device::{Buffer, Event},
     transport::{
         Capability, Collective, OneSided, ReadOp, Registration, RemoteRegion, Transfer, Transport, Way,
         WriteOp,
     },
 };
-use tokio::sync::Notify;
 
 use crate::{
+    ending,
     memory::{Access, Registered, register},
     mover::{self, Job},
     node::{Node, Peer},
@@ -113,9 +106,6 @@ impl RdmaTransport {
 
     fn post(&self, way: Way, batch: Vec<impl Into<Transfer>>, deadline: Instant) -> Result<Event> {
         let operation = way.operation();
-        let runtime = tokio::runtime::Handle::try_current().map_err(|e| {
-            Error::new(ErrorKind::Internal, operation, "must be called in a tokio runtime").caused_by(e)
-        })?;
         let mut owners: HashMap<Peer, Vec<(Transfer, Descriptor)>> = HashMap::new();
         for op in batch {
             let transfer: Transfer = op.into();
@@ -123,25 +113,11 @@ impl RdmaTransport {
             let (address, descriptor) = owner_of(operation, &transfer.region)?;
             owners.entry((address, descriptor.id)).or_default().push((transfer, descriptor));
         }
-        let state = Arc::new(Completion { operation, ..Completion::default() });
-        let ended = Ended(state.clone());
-        let node = self.node.clone();
-        runtime.spawn(async move {
-            let jobs = owners.into_iter().map(|(peer, transfers)| {
-                let (node, job) = (node.clone(), Job { way, transfers });
-                tokio::spawn(async move { mover::run(&node, peer, job, deadline).await })
-            });
-            let mut outcome = Ok(());
-            // All are waited for, also after a failure: then no device touches the batch's memory any more.
-            for job in jobs.collect::<Vec<_>>() {
-                let ended = job.await.unwrap_or_else(|e| {
-                    Err(Error::new(ErrorKind::Internal, operation, "a task ended").caused_by(e))
-                });
-                outcome = outcome.and(ended);
-            }
-            ended.0.complete(outcome);
+        let jobs = owners.into_iter().map(|(peer, transfers)| {
+            let (node, job) = (self.node.clone(), Job { way, transfers });
+            async move { mover::run(&node, peer, job, deadline).await }
         });
-        Ok(Event::new(Ending(state)))
+        ending::spawn(operation, jobs.collect())
     }
 }
 
@@ -157,64 +133,4 @@ fn owner_of(operation: &'static str, region: &RemoteRegion) -> Result<(SocketAdd
         return Err(error());
     }
     Ok((address, descriptor))
-}
-
-/// Set once, when a batch has ended.
-#[derive(Debug, Default)]
-struct Completion {
-    operation: &'static str,
-    outcome: OnceLock<Result<()>>,
-    notify: Notify,
-}
-
-impl Completion {
-    fn complete(&self, outcome: Result<()>) {
-        // A second call is the guard after a finished batch.
-        let _ = self.outcome.set(outcome);
-        self.notify.notify_waiters();
-    }
-}
-
-/// Completes an event also when its task is dropped with the runtime. The work requests own their memory, so that the
-/// event's failure does not free it.
-struct Ended(Arc<Completion>);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        let what = "the runtime of this batch has ended";
-        self.0.complete(Err(Error::new(ErrorKind::Aborted, self.0.operation, what)));
-    }
-}
-
-#[derive(Debug)]
-struct Ending(Arc<Completion>);
-
-#[async_trait]
-impl EventState for Ending {
-    fn is_complete(&self) -> Result<bool> {
-        self.0.outcome.get().map_or(Ok(false), |outcome| outcome.clone().map(|()| true))
-    }
-
-    async fn done(&self, deadline: Instant) -> Result<()> {
-        let wait = async {
-            loop {
-                let mut notified = std::pin::pin!(self.0.notify.notified());
-                notified.as_mut().enable();
-                if let Some(outcome) = self.0.outcome.get() {
-                    return outcome.clone();
-                }
-                notified.await;
-            }
-        };
-        tokio::time::timeout_at(deadline.into(), wait).await.unwrap_or_else(|_| {
-            // A completion that raced with the deadline counts.
-            self.0.outcome.get().cloned().unwrap_or_else(|| {
-                Err(Error::new(ErrorKind::Timeout, self.0.operation, "it did not end by its deadline"))
-            })
-        })
-    }
-
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
 }
