@@ -44,27 +44,31 @@ pub use output::{Output, Table, format_bytes};
 /// host, native transports before portable ones; `local` refuses ranks in other processes, so `tcp` is the last resort
 /// that always works.
 pub fn registry() -> Registry {
-    #[allow(unused_variables, reason = "only native backends have variables, and a build may have none")]
-    let env = |name: &str| std::env::var(name).ok();
+    registry_in(&|name| std::env::var(name).ok())
+}
+
+/// The same with other environment variables for the transports.
+#[allow(unused_variables, reason = "only native backends have variables, and a build may have none")]
+pub(crate) fn registry_in(env: &dyn Fn(&str) -> Option<String>) -> Registry {
     let mut registry = Registry::default();
     #[cfg(feature = "nccl")]
     ckpt_transport_nccl::register(&mut registry);
     #[cfg(feature = "hccl")]
-    ckpt_transport_hccl::register(&mut registry, &env);
+    ckpt_transport_hccl::register(&mut registry, env);
     #[cfg(feature = "rdma")]
     {
         use ckpt_transport_rdma::{RdmaConfig, RdmaProvider};
-        registry.add_transport(RdmaProvider::new(RdmaConfig::from_env(&env)));
+        registry.add_transport(RdmaProvider::new(RdmaConfig::from_env(env)));
     }
     #[cfg(feature = "ucx")]
     {
         use ckpt_transport_rdma::{RdmaConfig, UcxProvider};
-        registry.add_transport(UcxProvider::new(RdmaConfig::from_env(&env)));
+        registry.add_transport(UcxProvider::new(RdmaConfig::from_env(env)));
     }
     #[cfg(feature = "mooncake")]
     {
         use ckpt_transport_mooncake::{MooncakeConfig, MooncakeProvider};
-        registry.add_transport(MooncakeProvider::new(MooncakeConfig::from_env(&env)));
+        registry.add_transport(MooncakeProvider::new(MooncakeConfig::from_env(env)));
     }
     registry.add_device(HostProvider);
     registry.add_transport(LocalProvider::default());
