@@ -12,6 +12,7 @@ use ckpt_core::{
     control::{self, JobOptions, Token},
     deadlines::Deadlines,
     device::{DeviceConfig, runtime_dir},
+    layer::{Chaos, ChaosConfig},
     plan::PlanLimits,
     server::{ParameterServer, ServerConfig},
     transport::{AUTO, Registry, Requirement, TransportConfig},
@@ -53,10 +54,24 @@ pub(crate) struct JobArgs {
     /// Time for a whole update
     #[arg(long, default_value = "300", value_parser = seconds, value_name = "SECONDS")]
     timeout: Duration,
+    /// Faults on the way between the ranks, by seed: for tests
+    #[arg(long, hide = true, value_name = "SEED")]
+    chaos: Option<u64>,
     /// Aim at buckets of this size
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1 << 20), value_name = "MIB")]
     bucket_mib: Option<u64>,
 }
+
+/// Bad enough that most updates of some buckets meet a fault. Wrong bytes are for the digests to find, not for this.
+const CHAOS: ChaosConfig = ChaosConfig {
+    seed: 0,
+    drop_ppm: 40_000,
+    delay_ppm: 200_000,
+    delay: Duration::from_millis(400),
+    corrupt_ppm: 0,
+    cut_ppm: 60_000,
+    spare: 0,
+};
 
 /// A time limit: more than nothing and at most a day.
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -138,7 +153,11 @@ impl Rank {
             across_processes: cluster.world_size > 1,
             across_hosts: !cluster.is_single_host(),
         };
-        let transport = registry.open_transport(&args.transport, &config, required)?;
+        let mut transport = registry.open_transport(&args.transport, &config, required)?;
+        if let Some(seed) = args.chaos {
+            let seed = seed ^ u64::from(cluster.rank) << 32;
+            transport = Chaos::wrap(transport, ChaosConfig { seed, ..CHAOS });
+        }
         let name = transport.name();
         let can = transport.capability();
         let itself = can.one_sided && can.across_processes && reading.secret.is_none();
