@@ -13,6 +13,7 @@ use ckpt_core::{
     control::{self, JobOptions},
     deadlines::Deadlines,
     device::runtime_dir,
+    layer::ChaosConfig,
     plan::PlanLimits,
     server::{OpenOptions, Opened, ParameterServer, open},
     transport::Registry,
@@ -55,10 +56,24 @@ pub(crate) struct JobArgs {
     /// Time for a whole update
     #[arg(long, default_value = "300", value_parser = seconds, value_name = "SECONDS")]
     timeout: Duration,
+    /// Faults on the way between the ranks, by seed: for tests
+    #[arg(long, hide = true, value_name = "SEED")]
+    chaos: Option<u64>,
     /// Aim at buckets of this size
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1 << 20), value_name = "MIB")]
     bucket_mib: Option<u64>,
 }
+
+/// Bad enough that most updates of some buckets meet a fault. Wrong bytes are for the digests to find, not for this.
+const CHAOS: ChaosConfig = ChaosConfig {
+    seed: 0,
+    drop_ppm: 40_000,
+    delay_ppm: 200_000,
+    delay: Duration::from_millis(400),
+    corrupt_ppm: 0,
+    cut_ppm: 60_000,
+    spare: 0,
+};
 
 /// A time limit: more than nothing and at most a day.
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -112,6 +127,7 @@ impl Rank {
             reading,
             bind: args.bind,
             connections: usize::from(args.connections),
+            chaos: args.chaos.map(|seed| ChaosConfig { seed, ..CHAOS }),
             limits,
         };
         let Opened { job, server, transport } = open(options, registry).await?;

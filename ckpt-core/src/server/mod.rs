@@ -11,6 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use tracing::Instrument as _;
 
 use self::metas::Known;
 pub use self::{
@@ -235,7 +236,17 @@ impl ParameterServer {
     /// Collective over `request.ranks`: moves the checkpoint into every member's worker, or into none.
     ///
     /// `request.ranks` also says how: see [`UpdateRequest::ranks`].
-    pub async fn update(&mut self, mut request: UpdateRequest) -> Result<UpdateReport> {
+    pub async fn update(&mut self, request: UpdateRequest) -> Result<UpdateReport> {
+        let span = tracing::info_span!(
+            "update",
+            rank = self.rank,
+            checkpoint = request.checkpoint,
+            version = request.version.0,
+        );
+        self.attempt_update(request).instrument(span).await
+    }
+
+    async fn attempt_update(&mut self, mut request: UpdateRequest) -> Result<UpdateReport> {
         let operation = "update weights";
         let known = self.known(&request.checkpoint)?;
         let pull = self.pull(&known, !request.ranks.is_empty())?;
