@@ -23,7 +23,8 @@ use clap::Args;
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Job")]
 pub(crate) struct JobArgs {
-    /// How bytes reach other ranks: a name, or `auto` for the first that works here
+    /// How bytes reach other ranks: a name, or `auto` for the first that works here; one that only reads (rdma, ucx,
+    /// mooncake) stands for --p2p-transport, and what broadcasts is then chosen
     #[arg(long, default_value = "auto", value_name = "NAME")]
     pub(crate) transport: String,
     /// How P2P updates read other ranks' memory: a name, or `auto` for the same transport if it can and else the first
@@ -45,6 +46,9 @@ pub(crate) struct JobArgs {
     /// Time for all ranks to come
     #[arg(long, default_value = "60", value_parser = seconds, value_name = "SECONDS")]
     join_timeout: Duration,
+    /// Time for the engine, its worker and the way to the other ranks to be ready; the whole update's, if that is less
+    #[arg(long, default_value = "300", value_parser = seconds, value_name = "SECONDS")]
+    ready_timeout: Duration,
     /// Time for one bucket
     #[arg(long, default_value = "30", value_parser = seconds, value_name = "SECONDS")]
     bucket_timeout: Duration,
@@ -92,7 +96,7 @@ impl Rank {
             join: args.join_timeout,
             bucket: args.bucket_timeout,
             total: args.timeout,
-            ready: args.timeout,
+            ready: args.ready_timeout.min(args.timeout),
             ..Deadlines::default()
         };
         let mut limits = PlanLimits::from_env(&env).map_err(Error::from)?;

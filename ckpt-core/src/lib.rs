@@ -12,6 +12,7 @@ pub mod device;
 pub mod engine;
 pub mod error;
 pub mod layer;
+mod liveness;
 pub mod manifest;
 pub mod metas;
 pub mod plan;

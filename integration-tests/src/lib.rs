@@ -1,6 +1,7 @@
 //! Helpers of the integration tests: processes with deadlines that die with their test, whole jobs of them, engines
 //! that misbehave, and a tiny HTTP client.
 
+pub mod ascend;
 mod engine;
 mod http;
 mod job;

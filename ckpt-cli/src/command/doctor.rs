@@ -14,7 +14,7 @@ use ckpt_core::transport::Probe;
 use clap::Args;
 use serde::Serialize;
 
-use crate::{Context, exit::Exit, features, machine::Machine, output::Table};
+use crate::{Context, device_checks, exit::Exit, features, machine::Machine, output::Table};
 
 /// Look for devices, transports, limits, ports and engines, and say what is missing and how to get it
 #[derive(Args, Debug)]
@@ -120,6 +120,10 @@ pub(crate) async fn run(args: DoctorArgs, context: &Context) -> anyhow::Result<E
         let env = |name: &str| std::env::var(name).ok();
         let mut findings = limits::look();
         findings.extend(network::look(&env));
+        findings.extend(device_checks().into_iter().map(|(name, good, detail)| match good {
+            true => Finding::ok("device", name, detail),
+            false => Finding::warning("device", name, detail, "docs/ascend.md says what it must be"),
+        }));
         findings.append(&mut engines);
         let verdict = findings.iter().map(|finding| finding.verdict).max().unwrap_or(Verdict::Ok);
         Report {
