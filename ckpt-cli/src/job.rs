@@ -54,6 +54,9 @@ pub(crate) struct JobArgs {
     /// Time for a whole update
     #[arg(long, default_value = "300", value_parser = seconds, value_name = "SECONDS")]
     timeout: Duration,
+    /// Keep the device buffer between updates, for engines that have budgeted for it; native workers keep their mapping too
+    #[arg(long)]
+    keep_ring: bool,
     /// Aim at buckets of this size
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1 << 20), value_name = "MIB")]
     bucket_mib: Option<u64>,
@@ -113,7 +116,8 @@ impl Rank {
             connections: usize::from(args.connections),
             limits,
         };
-        let Opened { job, server, transport } = open(options, registry).await?;
+        let Opened { job, mut server, transport } = open(options, registry).await?;
+        server.keep_ring(args.keep_ring);
         Ok(Self {
             job,
             server,
