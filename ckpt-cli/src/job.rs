@@ -2,7 +2,7 @@
 
 use std::{
     net::IpAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -15,6 +15,7 @@ use ckpt_core::{
     device::runtime_dir,
     plan::PlanLimits,
     server::{OpenOptions, Opened, ParameterServer, open},
+    topology::numa,
     transport::Registry,
 };
 use clap::Args;
@@ -57,6 +58,9 @@ pub(crate) struct JobArgs {
     /// Keep the device buffer between updates, for engines that have budgeted for it; native workers keep their mapping too
     #[arg(long)]
     keep_ring: bool,
+    /// Use all CPUs; else a rank keeps to those of its device's NUMA node, where there are several nodes
+    #[arg(long)]
+    no_numa: bool,
     /// Aim at buckets of this size
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1 << 20), value_name = "MIB")]
     bucket_mib: Option<u64>,
@@ -118,6 +122,14 @@ impl Rank {
         };
         let Opened { job, mut server, transport } = open(options, registry).await?;
         server.keep_ring(args.keep_ring);
+        if let Some(node) = server.device().info().numa_node.filter(|_| !args.no_numa) {
+            match numa::bind_process(Path::new(numa::SYSFS), node) {
+                Ok(Some(cpus)) => tracing::info!(node, cpus, "keeps to the NUMA node of its device"),
+                Ok(None) => {}
+                // Only speed is lost.
+                Err(error) => tracing::warn!(%error, node, "cannot keep to the NUMA node of its device"),
+            }
+        }
         Ok(Self {
             job,
             server,
