@@ -1,20 +1,21 @@
 //! One rank of a job: session, device, transport and parameter server, from the options that all such commands share.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, ToSocketAddrs, UdpSocket},
+    net::IpAddr,
     path::PathBuf,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
+pub(crate) use ckpt_core::server::{Reading, address_towards};
 use ckpt_core::{
-    Error, ErrorKind, Key,
-    control::{self, JobOptions, Token},
+    Error, ErrorKind,
+    control::{self, JobOptions},
     deadlines::Deadlines,
-    device::{DeviceConfig, runtime_dir},
+    device::runtime_dir,
     plan::PlanLimits,
-    server::{ParameterServer, ServerConfig},
-    transport::{AUTO, Registry, Requirement, TransportConfig},
+    server::{OpenOptions, Opened, ParameterServer, open},
+    transport::Registry,
 };
 use clap::Args;
 
@@ -45,6 +46,9 @@ pub(crate) struct JobArgs {
     /// Time for all ranks to come
     #[arg(long, default_value = "60", value_parser = seconds, value_name = "SECONDS")]
     join_timeout: Duration,
+    /// Time for the engine, its worker and the way to the other ranks to be ready; the whole update's, if that is less
+    #[arg(long, default_value = "300", value_parser = seconds, value_name = "SECONDS")]
+    ready_timeout: Duration,
     /// Time for one bucket
     #[arg(long, default_value = "30", value_parser = seconds, value_name = "SECONDS")]
     bucket_timeout: Duration,
@@ -56,38 +60,12 @@ pub(crate) struct JobArgs {
     bucket_mib: Option<u64>,
 }
 
-impl JobArgs {
-    /// The names of what broadcasts and of what reads.
-    fn transports(&self, registry: &Registry) -> Result<(&str, &str), Error> {
-        let (transport, reader) = (self.transport.as_str(), self.p2p_transport.as_str());
-        if transport == AUTO || registry.transport(transport)?.broadcasts() {
-            return Ok((transport, reader));
-        }
-        if reader == AUTO || reader == transport {
-            return Ok((AUTO, transport));
-        }
-        let what = format!(
-            "transport `{transport}` only reads, and --p2p-transport says that `{reader}` does; give one of the two"
-        );
-        Err(Error::new(ErrorKind::ConfigInvalid, "choose a backend", what))
-    }
-}
-
 /// A time limit: more than nothing and at most a day.
 fn seconds(text: &str) -> Result<Duration, String> {
     match text.parse::<f64>() {
         Ok(seconds) if seconds > 0.0 && seconds <= 86_400.0 => Ok(Duration::from_secs_f64(seconds)),
         _ => Err("write seconds above 0 and at most 86400".to_owned()),
     }
-}
-
-/// What a rank needs for reading other ranks' memory.
-#[derive(Default)]
-pub(crate) struct Reading {
-    /// It is an error if nothing here can.
-    pub(crate) needed: bool,
-    /// The owners' secret, if they belong to a job with another one.
-    pub(crate) secret: Option<Token>,
 }
 
 /// A rank that has joined its job.
@@ -118,7 +96,7 @@ impl Rank {
             join: args.join_timeout,
             bucket: args.bucket_timeout,
             total: args.timeout,
-            ready: args.timeout,
+            ready: args.ready_timeout.min(args.timeout),
             ..Deadlines::default()
         };
         let mut limits = PlanLimits::from_env(&env).map_err(Error::from)?;
@@ -126,74 +104,21 @@ impl Rank {
             limits.target_bucket_bytes = mib << 20;
         }
         let runtime_dir = runtime_dir()?;
-        let options = JobOptions::detect(&env, args.token_file.as_deref(), runtime_dir.clone(), deadlines)?;
-        let cluster = options.cluster.clone();
-        let device_config = DeviceConfig {
-            rank: cluster.rank,
-            local_rank: cluster.local_rank,
-            runtime_dir: runtime_dir.clone(),
-        };
-        let device = registry.open_device(&args.device, &device_config)?;
-        let job = control::Job::join(options).await?;
-        let bind = match args.bind {
-            Some(address) => address,
-            None if cluster.is_single_host() => IpAddr::V4(Ipv4Addr::LOCALHOST),
-            None => address_towards(&cluster.hub.host, cluster.hub.port)?,
-        };
-        let mut config = TransportConfig {
-            bind,
-            runtime_dir: runtime_dir.clone(),
-            secret: job.session.secret()?.reveal().to_vec(),
+        let options = OpenOptions {
+            job: JobOptions::detect(&env, args.token_file.as_deref(), runtime_dir.clone(), deadlines)?,
+            device: args.device.clone(),
+            transport: args.transport.clone(),
+            reader: args.p2p_transport.clone(),
+            reading,
+            bind: args.bind,
             connections: usize::from(args.connections),
-            device: device.clone(),
-        };
-        let required = Requirement {
-            collective: cluster.world_size > 1,
-            one_sided: false,
-            across_processes: cluster.world_size > 1,
-            across_hosts: !cluster.is_single_host(),
-        };
-        let (broadcasting, reading_by) = args.transports(registry)?;
-        let transport = registry.open_transport(broadcasting, &config, required)?;
-        let name = transport.name();
-        let can = transport.capability();
-        let itself = can.one_sided && can.across_processes && reading.secret.is_none();
-        let reader = if itself && [AUTO, name].contains(&reading_by) {
-            Ok(transport.clone())
-        } else {
-            if let Some(secret) = &reading.secret {
-                config.secret = secret.reveal().to_vec();
-            }
-            // Readers may come from another job, so this process is never enough.
-            let required = Requirement {
-                one_sided: true,
-                across_processes: true,
-                across_hosts: !cluster.is_single_host(),
-                ..Requirement::default()
-            };
-            registry.open_transport(reading_by, &config, required)
-        };
-        let reader = match reader {
-            Ok(reader) => reader,
-            Err(error) if reading.needed || reading_by != AUTO => return Err(error.into()),
-            Err(error) => {
-                tracing::info!(%error, "other ranks cannot read this rank's memory");
-                transport.clone()
-            }
-        };
-        tracing::info!(rank = cluster.rank, transport = name, device = device.kind(), "joined the job");
-        let server = ParameterServer::new(ServerConfig {
-            session: job.session.clone(),
-            device,
-            transport,
-            deadlines,
             limits,
-        })
-        .with_reader(reader);
+        };
+        let Opened { job, server, transport } = open(options, registry).await?;
         Ok(Self {
             job,
             server,
-            transport: name,
+            transport,
             runtime_dir,
             join: args.join_timeout,
             total: args.timeout,
@@ -243,27 +168,4 @@ impl Rank {
         }
         self.job.leave().await;
     }
-}
-
-/// This host's address on the way to the hub. Connecting a UDP socket sends nothing.
-pub(crate) fn address_towards(host: &str, port: u16) -> Result<IpAddr, Error> {
-    let find = || {
-        let hub = (host, port).to_socket_addrs()?.next().ok_or(std::io::ErrorKind::AddrNotAvailable)?;
-        let any: IpAddr = match hub {
-            std::net::SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-            std::net::SocketAddr::V6(_) => std::net::Ipv6Addr::UNSPECIFIED.into(),
-        };
-        let socket = UdpSocket::bind((any, 0))?;
-        socket.connect(hub)?;
-        socket.local_addr()
-    };
-    find().map(|address| address.ip()).map_err(|error: std::io::Error| {
-        Error::new(
-            ErrorKind::ConfigInvalid,
-            "find this host's address",
-            "there is no way to the hub; check MASTER_ADDR",
-        )
-        .with(Key::Endpoint, format!("{host}:{port}"))
-        .caused_by(error)
-    })
 }

@@ -1,7 +1,9 @@
 //! `ckpt bench`: whole updates, and the rates of single parts.
 
+mod files;
 mod measure;
 mod one_sided;
+mod parts;
 mod rank;
 mod report;
 mod size;
@@ -26,19 +28,22 @@ use clap::{Args, Subcommand, ValueEnum};
 use tokio::process::Command;
 
 use self::{
+    files::FileArgs,
     measure::{Bench, Sample},
     report::Report,
     size::Size,
 };
-use crate::{Context, exit::Exit, registry_in};
+use crate::{Context, exit::Exit, machine::Machine, registry_in};
 
-/// Measure whole updates, or one part by itself
+/// Measure whole updates, or one part by itself: transports, files into memory, metas, plans
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
   ckpt bench update --device cuda --shape qwen3-8b --ranks 2 --iterations 4 --trace trace.json
   ckpt bench transport --transport tcp --op broadcast --sizes 1MiB,64MiB --ranks 2 --check
   ckpt bench transport --transport local --op read --sizes 4KiB,1MiB --json
+  ckpt bench load --shape qwen:512 --csv load.csv
+  ckpt bench plan --shape kimi-k2 --ranks 256
   torchrun --nproc-per-node 8 --no-python ckpt bench transport --transport nccl --op allgather --sizes 256MiB")]
 pub(crate) struct BenchArgs {
     #[command(subcommand)]
@@ -52,6 +57,9 @@ enum What {
     #[command(hide = true)]
     UpdateRank(Box<update::RankArgs>),
     Transport(Box<TransportArgs>),
+    Load(Box<parts::LoadArgs>),
+    Metas(Box<parts::MetasArgs>),
+    Plan(Box<parts::PlanArgs>),
 }
 
 /// Measure a transport's broadcasts, allgathers, or one-sided reads and writes
@@ -117,6 +125,8 @@ struct TransportArgs {
     /// Time for each step: all ranks come, one size is measured
     #[arg(long, default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400), value_name = "SECONDS")]
     timeout: u64,
+    #[command(flatten)]
+    files: FileArgs,
 }
 
 /// What is measured.
@@ -177,12 +187,14 @@ pub(crate) async fn run(args: BenchArgs, context: &Context) -> anyhow::Result<Ex
         What::Update(args) => update::run(*args, context).await,
         What::UpdateRank(args) => update::run_rank(*args, context).await,
         What::Transport(args) => run_transport(*args, context).await,
+        What::Load(args) => parts::run_load(*args, context).await,
+        What::Metas(args) => parts::run_metas(*args, context).await,
+        What::Plan(args) => parts::run_plan(*args, context).await,
     }
 }
 
 async fn run_transport(args: TransportArgs, context: &Context) -> anyhow::Result<ExitCode> {
-    let launched = ["RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"];
-    let measured = if launched.iter().any(|name| std::env::var_os(name).is_some()) {
+    let measured = if is_launched() {
         match rank::run(&args).await? {
             Some(of_all) => of_all,
             // Rank 0 tells.
@@ -193,10 +205,20 @@ async fn run_transport(args: TransportArgs, context: &Context) -> anyhow::Result
     } else {
         return processes(&args).await;
     };
-    let report = Report::new(&args, &measured);
-    context.output.table(&report.table());
+    let machine = tokio::task::block_in_place(|| Machine::look(&context.registry));
+    let report = Report::new(&args, &measured, machine);
+    let table = report.table();
+    context.output.line(report.machine.line());
+    context.output.table(&table);
+    args.files.write(&report.title(), &report.machine, &table, |_| {})?;
     context.output.object(&report)?;
     Ok(if report.is_correct() { Exit::Success } else { Exit::Corrupt }.into())
+}
+
+/// A launcher has started this process as one of several ranks.
+fn is_launched() -> bool {
+    let names = ["RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"];
+    names.iter().any(|name| std::env::var_os(name).is_some())
 }
 
 /// What rank 0 knows at the end.

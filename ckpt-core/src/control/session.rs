@@ -190,6 +190,7 @@ impl Session {
     pub async fn gather(&self, name: &str, part: Bytes, deadline: Instant) -> Result<Vec<Bytes>> {
         let (reply, answer) = oneshot::channel();
         let waiting = WaitingGather::new(&self.shared, name, reply)?;
+        tracing::debug!(rank = self.rank(), name, "gathering");
         self.send(&ToHub::Gather { name: name.to_owned(), part })?;
         let mut lost = self.shared.lost.subscribe();
         let result = tokio::select! {

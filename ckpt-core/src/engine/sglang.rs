@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use async_trait::async_trait;
-use reqwest::StatusCode;
+use reqwest::{StatusCode, Url};
 use serde_json::{Value, json};
 
 use super::{Engine, EngineAddress, EngineRequest, client::EngineClient};
@@ -22,6 +22,11 @@ impl SglangEngine {
     pub fn new(address: EngineAddress) -> Result<Self> {
         Ok(Self { client: EngineClient::new("SGLang", address)? })
     }
+
+    /// `/ping` answers while the server still waits for its first weights; `/health` does not.
+    fn health(&self) -> Url {
+        self.client.address().join("/ping")
+    }
 }
 
 #[async_trait]
@@ -30,11 +35,8 @@ impl Engine for SglangEngine {
         "sglang"
     }
 
-    /// `/ping` answers while the server still waits for its first weights; `/health` does not.
     async fn ready(&self, deadline: Instant) -> Result<()> {
-        self.client
-            .wait_ready(self.client.address().join("/ping"), deadline, |status| status.is_success())
-            .await
+        self.client.wait_ready(self.health(), deadline, |status| status.is_success()).await
     }
 
     async fn update(&self, request: &EngineRequest, deadline: Instant) -> Result<()> {
@@ -44,7 +46,7 @@ impl Engine for SglangEngine {
             "weight_version": request.version.to_string(),
         });
         let url = self.client.address().join("/update_weights_from_ipc");
-        let reply = self.client.post(OPERATION, url, &body, deadline).await?;
+        let reply = self.client.post(OPERATION, url, &body, Some(self.health()), deadline).await?;
         let denied = reply.json().is_some_and(|answer| answer.get("success") == Some(&Value::Bool(false)));
         match reply.status {
             status if status.is_success() && !denied => Ok(()),

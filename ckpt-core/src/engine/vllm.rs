@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use async_trait::async_trait;
-use reqwest::StatusCode;
+use reqwest::{StatusCode, Url};
 use serde_json::json;
 
 use super::{Engine, EngineAddress, EngineRequest, client::EngineClient};
@@ -22,6 +22,10 @@ impl VllmEngine {
     pub fn new(address: EngineAddress) -> Result<Self> {
         Ok(Self { client: EngineClient::new("vLLM", address)? })
     }
+
+    fn health(&self) -> Url {
+        self.client.address().join("/health")
+    }
 }
 
 #[async_trait]
@@ -31,9 +35,7 @@ impl Engine for VllmEngine {
     }
 
     async fn ready(&self, deadline: Instant) -> Result<()> {
-        self.client
-            .wait_ready(self.client.address().join("/health"), deadline, |status| status.is_success())
-            .await
+        self.client.wait_ready(self.health(), deadline, |status| status.is_success()).await
     }
 
     async fn update(&self, request: &EngineRequest, deadline: Instant) -> Result<()> {
@@ -45,7 +47,13 @@ impl Engine for VllmEngine {
         });
         let reply = self
             .client
-            .post(OPERATION, self.client.address().join("/collective_rpc"), &body, deadline)
+            .post(
+                OPERATION,
+                self.client.address().join("/collective_rpc"),
+                &body,
+                Some(self.health()),
+                deadline,
+            )
             .await?;
         match reply.status {
             status if status.is_success() => Ok(()),

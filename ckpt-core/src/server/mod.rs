@@ -1,6 +1,8 @@
 //! The parameter server: one per inference worker, holds a share of checkpoints and moves it on request.
 
 mod metas;
+mod open;
+mod read;
 mod report;
 
 use std::{
@@ -11,7 +13,10 @@ use std::{
 use bytes::Bytes;
 
 use self::metas::Known;
-pub use self::report::{Stages, UpdateReport};
+pub use self::{
+    open::{OpenOptions, Opened, Reading, address_towards, open},
+    report::{Stages, UpdateReport},
+};
 use crate::{
     checkpoint::RegisteredCheckpoint,
     control::{Joining, Session, ToHub},

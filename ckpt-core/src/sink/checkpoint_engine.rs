@@ -20,6 +20,7 @@ use super::{
 use crate::{
     device::Ring,
     error::{Error, ErrorKind, Key, Result},
+    liveness,
     worker::wire::clip,
 };
 
@@ -68,7 +69,7 @@ impl CheckpointEngineSink {
         let gate =
             Gate::bind(runtime_dir, FILE_KIND, uuid, ZmtpProtocol).map_err(|e| e.with(Key::Worker, uuid))?;
         let endpoint = format!("ipc://{}", gate.path().display());
-        let link = Link { gate, peer: None, lost: None, untouched: true };
+        let link = Link { gate, peer: None, lost: None, untouched: true, stopped: false };
         Ok(Self { uuid: uuid.to_owned(), endpoint, wire, stage: Stage::Bound, link: Some(link) })
     }
 
@@ -106,11 +107,20 @@ impl CheckpointEngineSink {
             return Err(self.error(ErrorKind::Internal, operation, "no worker is connected"));
         };
         link.untouched = false;
+        let pid = peer.pid();
         let asked = async {
             peer.request(payload).await?;
             peer.reply().await
         };
-        match timeout_at(deadline.into(), asked).await {
+        let waited = tokio::select! {
+            biased;
+            waited = timeout_at(deadline.into(), asked) => waited,
+            pid = liveness::stopped(pid) => {
+                link.stopped = true;
+                return Err(self.error(ErrorKind::PeerLost, operation, liveness::told(pid, "the worker")));
+            }
+        };
+        match waited {
             Ok(Ok(reply)) => {
                 read_reply(&reply).map_err(|(kind, message)| self.error(kind, operation, message))
             }
@@ -192,7 +202,11 @@ impl WeightSink for CheckpointEngineSink {
         // The worker has no deadline of its own: if it is busy for longer than this call may take, it must still hear
         // the exception when it comes back, or it would wait for ever. So this runs by itself.
         let text = cause.flattened().to_string();
+        let stopped = link.stopped;
         let mut telling = tokio::spawn(async move { timeout(LINGER, link.raise(&text)).await.is_ok() });
+        if stopped {
+            return Ok(Afterwards::MayHold);
+        }
         match timeout_at(deadline.into(), &mut telling).await {
             // It closes its socket before it drops the ring, so even a closed link says nothing.
             Ok(_) => Ok(Afterwards::MayHold),
@@ -229,7 +243,7 @@ pub async fn release_stranded_workers(runtime_dir: &Path, uuid: &str, deadline: 
         }
         let gate = Gate::bind_path(&path, ZmtpProtocol)?;
         tracing::info!(path = %path.display(), "a dead parameter server left an endpoint; telling its worker");
-        let link = Link { gate, peer: None, lost: None, untouched: true };
+        let link = Link { gate, peer: None, lost: None, untouched: true, stopped: false };
         told.spawn(async move {
             let text = "the parameter server of this update died; the weights may be mixed, update again";
             timeout_at(deadline.into(), link.raise(text)).await.is_ok()
@@ -249,6 +263,7 @@ struct Link {
     lost: Option<Lost>,
     /// Nothing was ever sent: the worker still waits for its first message.
     untouched: bool,
+    stopped: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -312,7 +327,7 @@ fn by_peer(error: &ZmtpError) -> bool {
 }
 
 /// `Ok` for the empty reply; else what the worker says.
-fn read_reply(reply: &[u8]) -> Result<(), (ErrorKind, String)> {
+pub(crate) fn read_reply(reply: &[u8]) -> Result<(), (ErrorKind, String)> {
     if reply.is_empty() {
         return Ok(());
     }

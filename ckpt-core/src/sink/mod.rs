@@ -1,14 +1,14 @@
 //! The sink seam: how an inference worker is told where new weights lie and says that it has taken them.
 
 mod ce_message;
-mod checkpoint_engine;
+pub(crate) mod checkpoint_engine;
 mod gate;
 mod layout;
 mod native;
 mod pickle;
 mod protocol;
 mod stream;
-mod zmtp;
+pub(crate) mod zmtp;
 
 use std::time::Instant;
 

@@ -1,5 +1,6 @@
 //! The transport seam: broadcasts in a group (collective facet), reads and writes of remote memory (one-sided facet).
 
+pub mod endings;
 mod group;
 pub mod library;
 pub mod local;
@@ -98,7 +99,8 @@ pub struct CollectiveOp {
 pub trait CommunicatorQueue: Send + fmt::Debug {
     /// Enqueues `ops` as one group on `stream`; every member must enqueue the same groups in the same order.
     /// Returns when the work is really on the stream; the event completes when this member's bytes are there.
-    /// Enqueuing a receive offers its range: the bytes may be written from then on.
+    /// Enqueuing a receive offers its range: the bytes may be written from then on. Work that is put on the stream later
+    /// need not wait for the group: who needs its bytes waits for the event.
     async fn enqueue(&mut self, ops: Vec<CollectiveOp>, stream: &Arc<dyn Stream>) -> Result<Event>;
 }
 

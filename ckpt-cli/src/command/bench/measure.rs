@@ -137,7 +137,7 @@ impl Bench {
                     start[range.clone()].copy_from_slice(&expected[range]);
                 }
             }
-            self.copy(HostBuffer::from_bytes(&start)?.slice(), memory.clone()).await?;
+            self.copy(self.pinned(&start)?, memory.clone()).await?;
             // A receive offers its range, so it is filled before anybody sends.
             self.exchange(&()).await?;
             self.repeat(communicator, &ops, 1).await?;
@@ -167,7 +167,7 @@ impl Bench {
     pub(super) async fn wrong(&self, memory: &BufferSlice, expected: Vec<u8>) -> Result<u64> {
         // Into bytes that are all wrong: a copy that does not happen is seen.
         let (_, opposite) = patterns(expected.len() as u64).await?;
-        let found = HostBuffer::from_bytes(&opposite)?.slice();
+        let found = self.pinned(&opposite)?;
         self.copy(memory.clone(), found.clone()).await?;
         let counted = tokio::task::spawn_blocking(move || {
             let meta = TensorMeta::new("bench", DType::U8, [expected.len() as u64])?;
@@ -175,6 +175,11 @@ impl Bench {
             Ok(found.iter().zip(&expected).filter(|(a, b)| a != b).count() as u64)
         });
         counted.await.unwrap_or_else(|error| Err(bug("the comparing thread died").caused_by(error)))
+    }
+
+    /// Host memory with these bytes. Accelerators copy from and to pinned memory only.
+    pub(super) fn pinned(&self, bytes: &[u8]) -> Result<BufferSlice> {
+        Ok(BufferSlice::whole(self.device.pin(HostBuffer::from_bytes(bytes)?)?))
     }
 
     pub(super) async fn copy(&self, from: BufferSlice, to: BufferSlice) -> Result<()> {

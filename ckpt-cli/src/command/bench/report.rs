@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::{Measured, Op, TransportArgs, measure::Sample};
-use crate::output::Table;
+use crate::{machine::Machine, output::Table};
 
 /// What `--json` prints. Rates are in GB/s, 10^9 bytes per second.
 #[derive(Debug, Serialize)]
@@ -15,6 +15,7 @@ pub(super) struct Report {
     warmup: u32,
     iters: u32,
     results: Vec<Line>,
+    pub(super) machine: Machine,
 }
 
 #[derive(Debug, Serialize)]
@@ -49,7 +50,7 @@ enum Rates {
 }
 
 impl Report {
-    pub(super) fn new(args: &TransportArgs, measured: &Measured) -> Self {
+    pub(super) fn new(args: &TransportArgs, measured: &Measured, machine: Machine) -> Self {
         let ranks = measured.ranks;
         Self {
             op: args.op,
@@ -59,7 +60,16 @@ impl Report {
             warmup: args.warmup,
             iters: args.iters,
             results: measured.samples.iter().map(|sample| Line::new(args.op, ranks, sample)).collect(),
+            machine,
         }
+    }
+
+    /// What was measured, in a few words.
+    pub(super) fn title(&self) -> String {
+        format!(
+            "ckpt bench transport: {:?} over {}, {} ranks on {}",
+            self.op, self.transport, self.ranks, self.device
+        )
     }
 
     /// No compared byte was wrong.

@@ -20,7 +20,7 @@ use tokio::{net::TcpStream, task::JoinSet};
 use super::{
     TcpTransport,
     node::Node,
-    socket::{dial, is_idle, read_exact, write_all},
+    socket::{dial, is_idle, read_exact, read_owed, write_all},
     wire::{Hello, Id, Purpose, RangeRequest, broken, decode, encode, introduce},
 };
 use crate::{
@@ -38,6 +38,8 @@ pub(super) const PIECE_BYTES: u64 = 4 << 20;
 pub(super) const IDLE_TIME: Duration = Duration::from_secs(300);
 /// A peer that takes this long for one piece is gone.
 pub(super) const PIECE_TIME: Duration = Duration::from_secs(60);
+/// An owner that sends nothing this long, while it owes bytes or answers, is given up.
+const SILENCE: Duration = Duration::from_secs(5);
 /// Status and length before the bytes or the error's text.
 const ANSWER_BYTES: usize = 16;
 const ERROR_LIMIT: u64 = 1 << 16;
@@ -271,12 +273,16 @@ async fn move_share(
     let stream = match node.pool.take(&line) {
         Some(stream) => stream,
         None => {
-            let stream = dial(address).await?;
-            let (rank, world_size, epoch) = (0, 0, 0);
-            let purpose = if way == Way::Read { Purpose::Read } else { Purpose::Write };
-            let hello = Hello { id: descriptor.id, rank, world_size, epoch, purpose };
-            introduce(&stream, &node.key(&descriptor.secret), &hello).await?;
-            stream
+            let meet = async {
+                let stream = dial(address).await?;
+                let (rank, world_size, epoch) = (0, 0, 0);
+                let purpose = if way == Way::Read { Purpose::Read } else { Purpose::Write };
+                let hello = Hello { id: descriptor.id, rank, world_size, epoch, purpose };
+                introduce(&stream, &node.key(&descriptor.secret), &hello).await?;
+                Ok(stream)
+            };
+            let silent = |_| Err(lost(way, io::ErrorKind::TimedOut.into()));
+            tokio::time::timeout(SILENCE, meet).await.unwrap_or_else(silent)?
         }
     };
     match way {
@@ -285,6 +291,15 @@ async fn move_share(
     }
     node.pool.give(line, stream, node.lanes);
     Ok(())
+}
+
+fn lost(way: Way, error: io::Error) -> Error {
+    if error.kind() != io::ErrorKind::TimedOut {
+        return broken(error);
+    }
+    let text =
+        format!("the owner owes bytes and has sent none for {} s; it may be stopped", SILENCE.as_secs());
+    Error::new(ErrorKind::PeerLost, way.operation(), text)
 }
 
 async fn read(stream: &TcpStream, share: &[Piece]) -> Result<()> {
@@ -313,16 +328,18 @@ async fn take_piece(stream: &TcpStream, piece: &Piece) -> Result<()> {
     // SAFETY: the destination belongs to this read until its event has completed, pieces do not overlap, and `piece`
     // keeps the memory mapped.
     let bytes = unsafe { piece.memory.as_mut_slice() }?;
-    read_exact(stream, bytes).await.map_err(broken)?;
+    let lost = |error| lost(Way::Read, error);
+    read_owed(stream, bytes, SILENCE).await.map_err(lost)?;
     let mut live = [0];
-    read_exact(stream, &mut live).await.map_err(broken)?;
+    read_owed(stream, &mut live, SILENCE).await.map_err(lost)?;
     if live == [1] { Ok(()) } else { Err(stale(Way::Read, piece.request.generation)) }
 }
 
 /// The length in an answer that says that all is well, or the owner's error.
 pub(super) async fn take_answer(way: Way, stream: &TcpStream) -> Result<u64> {
+    let lost = |error| lost(way, error);
     let mut head = [0; ANSWER_BYTES];
-    read_exact(stream, &mut head).await.map_err(broken)?;
+    read_owed(stream, &mut head, SILENCE).await.map_err(lost)?;
     let word = |range: std::ops::Range<usize>| {
         let mut le = [0; 8];
         le.copy_from_slice(&head[range]);
@@ -334,7 +351,7 @@ pub(super) async fn take_answer(way: Way, stream: &TcpStream) -> Result<u64> {
     }
     if status == FAILED && len <= ERROR_LIMIT {
         let mut text = vec![0; len as usize];
-        read_exact(stream, &mut text).await.map_err(broken)?;
+        read_owed(stream, &mut text, SILENCE).await.map_err(lost)?;
         return Err(decode::<Error>(&text)?);
     }
     Err(Error::new(ErrorKind::Corrupt, way.operation(), "the owner's answer does not fit the request"))

@@ -17,16 +17,16 @@ use crate::{
 /// The first bytes of every connection; the last one is the protocol's version.
 const MAGIC: [u8; 8] = *b"ckpttcp\x01";
 /// No frame is longer.
-const FRAME_LIMIT: usize = 1 << 20;
+pub(super) const FRAME_LIMIT: usize = 1 << 20;
 /// Before the other side has proved anything.
 const HELLO_LIMIT: usize = 1 << 10;
 
 /// Names a group, or a transport that serves reads.
-pub(super) type Id = [u8; 16];
+pub(crate) type Id = [u8; 16];
 
 /// What [`crate::transport::GroupSpec::token`] holds.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Token {
+pub(crate) struct Token {
     /// Version of this format.
     version: u8,
     /// Where the root listens.
@@ -44,7 +44,7 @@ impl Token {
         encode(self).map(Bytes::from)
     }
 
-    pub(super) fn decode(bytes: &[u8]) -> Result<Self> {
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self> {
         let error = || {
             Error::new(
                 ErrorKind::ConfigInvalid,
@@ -59,7 +59,7 @@ impl Token {
 
 /// What a connection is for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Purpose {
+pub(crate) enum Purpose {
     /// A member tells the root where it listens; answers come on this connection.
     Meet { listens: SocketAddr },
     /// Carries stripes of broadcasts.
@@ -74,7 +74,7 @@ pub(super) enum Purpose {
 
 /// The dialler's first words.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Hello {
+pub(crate) struct Hello {
     pub(super) id: Id,
     pub(super) rank: u32,
     pub(super) world_size: u32,
@@ -84,7 +84,7 @@ pub(super) struct Hello {
 
 /// The root's answer to those who met.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Table {
+pub(crate) struct Table {
     /// Lanes between any two members: the root's setting counts.
     pub(super) lanes: u32,
     /// Where each member listens.
@@ -93,7 +93,7 @@ pub(super) struct Table {
 
 /// On a control connection.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Notice {
+pub(crate) enum Notice {
     /// The sender's communicator is poisoned.
     Aborted(Error),
     /// The sender has dropped its communicator in peace.
@@ -123,7 +123,7 @@ pub(super) async fn receive<T: DeserializeOwned>(stream: &TcpStream) -> Result<T
     decode(&body)
 }
 
-async fn receive_frame(stream: &TcpStream, limit: usize) -> Result<Vec<u8>> {
+pub(super) async fn receive_frame(stream: &TcpStream, limit: usize) -> Result<Vec<u8>> {
     let mut len = [0; 4];
     read_exact(stream, &mut len).await.map_err(broken)?;
     let len = u32::from_le_bytes(len) as usize;
@@ -135,7 +135,7 @@ async fn receive_frame(stream: &TcpStream, limit: usize) -> Result<Vec<u8>> {
     Ok(body)
 }
 
-pub(super) fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
+pub(crate) fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
     postcard::from_bytes(body)
         .map_err(|e| Error::new(ErrorKind::Corrupt, "read a message", "the peer sent nonsense").caused_by(e))
 }
