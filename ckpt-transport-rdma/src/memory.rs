@@ -44,11 +44,11 @@ pub(crate) struct MrSet(Vec<Mr>);
 impl MrSet {
     /// Blocks: pages are pinned.
     pub(crate) fn register(nics: &[Arc<Nic>], buffer: &dyn Buffer, access: Access) -> Result<Self> {
-        if buffer.memory() == MemoryKind::Device {
+        if buffer.memory() == MemoryKind::Device && buffer.dma_buf().is_none() {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 "register memory",
-                "this transport moves host memory only; read into host memory and copy it to the device",
+                "this device memory cannot be exported (dma-buf); read into host memory and copy it to the device",
             ));
         }
         // Verbs refuse regions of no bytes.
@@ -360,6 +360,31 @@ mod tests {
         assert!(regions.buffer(generation).is_none());
         assert!(regions.add(memory, Access::Read) > generation);
         assert_eq!(kind(generation, here, 1), Err(ErrorKind::Aborted));
+    }
+
+    /// Device memory of a driver without dma-buf.
+    #[derive(Debug)]
+    struct Foreign;
+
+    // SAFETY: no byte of it is ever touched: it says that it is on a device.
+    unsafe impl Buffer for Foreign {
+        fn address(&self) -> u64 {
+            0x7000_0000
+        }
+
+        fn len_bytes(&self) -> u64 {
+            4096
+        }
+
+        fn memory(&self) -> MemoryKind {
+            MemoryKind::Device
+        }
+    }
+
+    #[test]
+    fn device_memory_that_cannot_be_exported_is_refused() {
+        let error = MrSet::register(&[], &Foreign, Access::Read).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
     }
 
     #[test]
