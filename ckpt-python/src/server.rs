@@ -133,14 +133,14 @@ impl State {
     pub(crate) async fn update(
         &mut self,
         asked: Asked,
-        sink: Option<Box<dyn WeightSink>>,
+        sink: Box<dyn WeightSink>,
         engine: Option<EngineCall>,
     ) -> Result<UpdateReport> {
         let Asked { name, version, ranks, timeout } = asked;
         let ready = self.deadlines.ready.min(timeout);
         self.server.set_deadlines(Deadlines { total: timeout, ready, ..self.deadlines });
         let version = Version(version.unwrap_or(self.metas_seen));
-        let request = UpdateRequest { checkpoint: name, version, ranks, sink, engine };
+        let request = UpdateRequest { checkpoint: name, version, ranks, sink: Some(sink), engine };
         let report = self.server.update(request).await;
         self.server.set_deadlines(self.deadlines);
         report
@@ -203,6 +203,7 @@ impl Settings {
             reading: Reading { needed: secret.is_some(), secret },
             bind: self.bind.map(parse).transpose()?,
             connections: self.connections.clamp(1, 64),
+            chaos: None,
             limits,
         })
     }
@@ -456,7 +457,7 @@ impl Server {
         request: Option<Py<PyAny>>,
         ranks: Vec<u32>,
         version: Option<u64>,
-        protocol: Option<String>,
+        protocol: String,
         timeout: f64,
     ) -> PyResult<String> {
         let shared = self.state.clone();
@@ -464,9 +465,14 @@ impl Server {
         let prepared = wait(py, async move {
             let mut guard = shared.lock_owned().await;
             let state = guard.as_mut().ok_or_else(|| invalid("update weights", "the server was closed"))?;
-            let protocol: Option<WorkerProtocol> = protocol.map(|name| name.parse()).transpose()?;
-            let sink = protocol.map(|protocol| state.sink(&name, protocol)).transpose()?;
-            let engine = request.map(|call| PythonEngine::new(call, state.uuids.clone()));
+            let sink = state.sink(&name, protocol.parse()?)?;
+            let (engine, sink) = match request {
+                None => (None, sink),
+                Some(call) => {
+                    let (engine, sink) = PythonEngine::new(call, state.uuids.clone(), sink);
+                    (Some(engine), sink)
+                }
+            };
             Ok((guard, sink, engine, Asked { name, version, ranks, timeout: seconds(timeout)? }))
         })?;
         let (mut guard, sink, engine, asked) = prepared;

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+import threading
 
 import torch
 from ckpt_engine import Error, ParameterServer, update_weights_from_ipc
@@ -78,6 +79,28 @@ class Worker:
         update_weights_from_ipc(None, endpoint, None, run=self.load, post_hook=self.hook, uuid=uuid, timeout=60)
 
 
+def _one_tells(server: ParameterServer, weights: dict[str, torch.Tensor]) -> bool:
+    held: list[dict[str, torch.Tensor]] = [{} for _ in range(WORLD_SIZE)]
+
+    def tell(pairs: list[tuple[str, str]]) -> None:
+        if RANK != 0:
+            return
+
+        def take(number: int, uuid: str, endpoint: str) -> None:
+            load = held[number].update
+            run = lambda bucket: load((name, tensor.clone()) for name, tensor in bucket)  # noqa: E731
+            update_weights_from_ipc(None, endpoint, None, run=run, uuid=uuid, timeout=60)
+
+        engine = [threading.Thread(target=take, args=(number, *pair)) for number, pair in enumerate(pairs)]
+        for worker in engine:
+            worker.start()
+        for worker in engine:
+            worker.join()
+
+    server.update("step-2", tell, timeout=60)
+    return RANK != 0 or all(same(one, weights) for one in held)
+
+
 def updates(protocol: str) -> dict:
     """Broadcast, P2P to half of the ranks, a worker that fails, and an update after that."""
     result: dict = {}
@@ -121,6 +144,10 @@ def updates(protocol: str) -> dict:
             result["refused"], result["cause"] = str(error), type(error.__cause__).__name__
         server.store_based_barrier()
 
+        # As with real engines, the first rank tells all workers and the others tell nobody.
+        result["one_tells"] = _one_tells(server, second)
+        server.store_based_barrier()
+
         worker = Worker(server)
         asyncio.run(server.update_async("step-2", worker, timeout=60))
         result["again"] = same(worker.held, second)
@@ -153,6 +180,7 @@ def compat() -> dict:
         result["needs_group"] = True
     dist.use_backend("vllm_nccl")
     server.init_process_group()
+    result["default_left_alone"] = not torch.distributed.is_initialized()
     result["initialized"] = dist.is_initialized()
     server.register_checkpoint("a", named_tensors=share(weights), use_shared_memory_pool=True)
     pool = server._memory_pool[server.shared_memory_pool_name]

@@ -13,9 +13,8 @@ import pytest
 from ranks import HERE, run_ranks
 
 COMPAT = str(HERE.parent / "compat")
-# Where `pip install --target` put the real package and verl (.ci/run does); see docs/testing.md.
-REAL = os.environ.get("CKPT_TEST_CHECKPOINT_ENGINE", "")
-VERL = os.environ.get("CKPT_TEST_VERL", "")
+# Where `pip install --no-deps --target` put checkpoint-engine, verl and sglang (.ci/run does); see docs/testing.md.
+PEERS = os.environ.get("CKPT_TEST_PEERS", "")
 
 
 def probe(first: str) -> dict:
@@ -33,8 +32,8 @@ def probe(first: str) -> dict:
 
 @pytest.mark.peer
 def test_names_signatures_and_pure_functions_are_the_real_packages() -> None:
-    assert REAL, "set CKPT_TEST_CHECKPOINT_ENGINE to the folder that has the real package"
-    theirs, ours = probe(REAL), probe(COMPAT)
+    assert PEERS, "set CKPT_TEST_PEERS to the folder that has the real packages"
+    theirs, ours = probe(PEERS), probe(COMPAT)
     assert "+ckpt." in ours["version"] and ours["version"].startswith(theirs["version"])
     assert theirs["all"] == ours["all"]
     for path, parameters in theirs.pop("signatures").items():
@@ -56,8 +55,8 @@ def test_a_job_with_the_underscore_names() -> None:
 
 @pytest.mark.peer
 def test_verls_own_backend_for_checkpoint_engine_runs_on_it() -> None:
-    assert VERL, "set CKPT_TEST_VERL to the folder that has verl"
-    source = Path(VERL) / "verl" / "checkpoint_engine" / "kimi_checkpoint_engine.py"
+    assert PEERS, "set CKPT_TEST_PEERS to the folder that has the real packages"
+    source = Path(PEERS) / "verl" / "checkpoint_engine" / "kimi_checkpoint_engine.py"
     results = run_ranks("kimi", 4, str(source), path=os.pathsep.join([COMPAT, str(HERE / "stand_in")]))
     assert [result["same"] for result in results] == [None, None, True, True]
 

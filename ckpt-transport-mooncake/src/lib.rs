@@ -105,4 +105,8 @@ impl TransportProvider for MooncakeProvider {
         })?;
         Ok(Arc::new(start(Arc::new(found.native), config.bind, choice, &*config.device)?))
     }
+
+    fn broadcasts(&self) -> bool {
+        false
+    }
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -47,6 +48,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _READ_SECONDS = 300.0
+_FAILED = b"failed"
 
 
 def _get_physical_gpu_id(device_manager: DeviceManager, device_index: int | None = None) -> str:
@@ -161,6 +163,8 @@ class ParameterServer(ckpt_engine.ParameterServer):
 
     def gather_metas(self, checkpoint_name: str) -> None:
         """Also learns which ranks share a link."""
+        if self._auto_pg and not dist.is_initialized():
+            self.init_process_group()
         super().gather_metas(checkpoint_name)
         address = self._p2p_store.addr if self._p2p_store is not None else None
         place = {"host": get_ip(), "address": address, "device": self._rdma_device or "", "uuid": self._device_uuid}
@@ -207,8 +211,24 @@ class ParameterServer(ckpt_engine.ParameterServer):
         ranks: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
-        """Moves a checkpoint into the workers of all ranks, or of `ranks` by P2P."""
-        super().update(checkpoint_name, req_func, timeout=timeout, ranks=ranks, **options)
+        """Moves a checkpoint into the workers of all ranks, or of `ranks` by P2P. All ranks call it: those that are not
+        named wait, since their memory is read. With `auto_pg` torch's default group is gone afterwards."""
+        if self._auto_pg and not dist.is_initialized():
+            self.init_process_group()
+        try:
+            super().update(checkpoint_name, req_func, timeout=timeout, ranks=ranks, **options)
+        except BaseException:
+            if ranks:
+                # The others learn at once that there is nothing to wait for; this rank's own error says why.
+                with contextlib.suppress(ckpt_engine.Error):
+                    self.gather(_FAILED, timeout)
+            raise
+        else:
+            if ranks and _FAILED in self.gather(b"", timeout):
+                raise RuntimeError(f"the update of ranks {list(ranks)} failed on other ranks; see their errors")
+        finally:
+            if self._auto_pg:
+                dist.destroy_process_group()
 
     @property
     def _memory_pool(self) -> dict[str, list[MemoryBuffer]]:

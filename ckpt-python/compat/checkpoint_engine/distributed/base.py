@@ -1,8 +1,8 @@
 """One implementation for all backends: torch's process groups, made beside torch's default group and not in its place.
 
-A trainer's own default group is left alone, which is what checkpoint-engine's backends `vllm_nccl` and `vllm_hccl` exist
-for. Groups are made when they are first used; a barrier or an exchange of objects needs none while a parameter server is
-there.
+Groups are made when they are first used; a barrier or an exchange of objects needs none while a parameter server is there.
+As with checkpoint-engine, torch's default group is there too, so that scripts can call `torch.distributed.barrier()`;
+unless the trainer has one of its own already, or has chosen `vllm_nccl` or `vllm_hccl`, which exist to leave it alone.
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ class TorchGroups(Distributed):
 
     def __init__(self) -> None:
         self._server: ParameterServer | None = None
+        self.wants_default = True
+        self._made_default = False
         self._reset()
 
     def _reset(self) -> None:
@@ -114,6 +116,12 @@ class TorchGroups(Distributed):
         """The ranks of a parameter server, which brings them together until `destroy_process_group`."""
         self._reset()
         self._server, self._rank, self._world_size = server, server.rank, server.world_size
+        if self.wants_default and not torch_dist.is_initialized():
+            store = torch_dist.PrefixStore("default", self._shared_store())
+            torch_dist.init_process_group(
+                _backend(), store=store, rank=self._rank, world_size=self._world_size, timeout=self._timeout
+            )
+            self._made_default = True
 
     def init_process_group(self, rank: int, world_size: int, store: Any, **kwargs: Any) -> None:
         """The ranks that share a store of torch's."""
@@ -131,6 +139,9 @@ class TorchGroups(Distributed):
         if group is None:
             self._reset()
             self._server = None
+            if self._made_default and torch_dist.is_initialized():
+                torch_dist.destroy_process_group()
+            self._made_default = False
         elif isinstance(group, CommGroup):
             group._group = None
 
@@ -261,9 +272,12 @@ def attach(server: ParameterServer) -> None:
 
 
 def use_backend(backend: str | None) -> None:
-    """`vllm_nccl` and `vllm_hccl` are accepted: every backend here leaves torch's default group alone."""
-    if backend and backend not in ("vllm_nccl", "vllm_hccl"):
+    """`vllm_nccl` or `vllm_hccl`: torch's default group is left alone from then on."""
+    if not backend:
+        return
+    if backend not in ("vllm_nccl", "vllm_hccl"):
         raise ValueError(f"Unsupported custom backend: {backend}")
+    _groups.wants_default = False
 
 
 def init_process_group(rank: int, world_size: int, store: Any, **kwargs: Any) -> None:
