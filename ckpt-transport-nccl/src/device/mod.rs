@@ -236,6 +236,12 @@ impl DeviceBackend for CudaDevice {
         }
     }
 
+    fn with_current(&self, call: &mut dyn FnMut()) -> Result<()> {
+        let _bound = self.on_this_device(self.context.bind())?;
+        call();
+        Ok(())
+    }
+
     fn flush_remote_writes(&self) -> Result<()> {
         const RDMA_SUPPORTED: i32 = 116;
         const FLUSH_OPTIONS: i32 = 117;
