@@ -1,21 +1,22 @@
 //! One rank of a job: session, device, transport and parameter server, from the options that all such commands share.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, ToSocketAddrs, UdpSocket},
+    net::IpAddr,
     path::PathBuf,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
+pub(crate) use ckpt_core::server::{Reading, address_towards};
 use ckpt_core::{
-    Error, ErrorKind, Key,
-    control::{self, JobOptions, Token},
+    Error, ErrorKind,
+    control::{self, JobOptions},
     deadlines::Deadlines,
-    device::{DeviceConfig, runtime_dir},
+    device::runtime_dir,
     layer::{Chaos, ChaosConfig},
     plan::PlanLimits,
-    server::{ParameterServer, ServerConfig},
-    transport::{AUTO, Registry, Requirement, TransportConfig},
+    server::{OpenOptions, Opened, ParameterServer, open},
+    transport::Registry,
 };
 use clap::Args;
 
@@ -23,7 +24,8 @@ use clap::Args;
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Job")]
 pub(crate) struct JobArgs {
-    /// How bytes reach other ranks: a name, or `auto` for the first that works here
+    /// How bytes reach other ranks: a name, or `auto` for the first that works here; one that only reads (rdma, ucx,
+    /// mooncake) stands for --p2p-transport, and what broadcasts is then chosen
     #[arg(long, default_value = "auto", value_name = "NAME")]
     pub(crate) transport: String,
     /// How P2P updates read other ranks' memory: a name, or `auto` for the same transport if it can and else the first
@@ -81,15 +83,6 @@ fn seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// What a rank needs for reading other ranks' memory.
-#[derive(Default)]
-pub(crate) struct Reading {
-    /// It is an error if nothing here can.
-    pub(crate) needed: bool,
-    /// The owners' secret, if they belong to a job with another one.
-    pub(crate) secret: Option<Token>,
-}
-
 /// A rank that has joined its job.
 pub(crate) struct Rank {
     pub(crate) job: control::Job,
@@ -126,77 +119,25 @@ impl Rank {
             limits.target_bucket_bytes = mib << 20;
         }
         let runtime_dir = runtime_dir()?;
-        let options = JobOptions::detect(&env, args.token_file.as_deref(), runtime_dir.clone(), deadlines)?;
-        let cluster = options.cluster.clone();
-        let device_config = DeviceConfig {
-            rank: cluster.rank,
-            local_rank: cluster.local_rank,
-            runtime_dir: runtime_dir.clone(),
-        };
-        let device = registry.open_device(&args.device, &device_config)?;
-        let job = control::Job::join(options).await?;
-        let bind = match args.bind {
-            Some(address) => address,
-            None if cluster.is_single_host() => IpAddr::V4(Ipv4Addr::LOCALHOST),
-            None => address_towards(&cluster.hub.host, cluster.hub.port)?,
-        };
-        let mut config = TransportConfig {
-            bind,
-            runtime_dir: runtime_dir.clone(),
-            secret: job.session.secret()?.reveal().to_vec(),
+        let options = OpenOptions {
+            job: JobOptions::detect(&env, args.token_file.as_deref(), runtime_dir.clone(), deadlines)?,
+            device: args.device.clone(),
+            transport: args.transport.clone(),
+            reader: args.p2p_transport.clone(),
+            reading,
+            bind: args.bind,
             connections: usize::from(args.connections),
-            device: device.clone(),
-        };
-        let required = Requirement {
-            collective: cluster.world_size > 1,
-            one_sided: false,
-            across_processes: cluster.world_size > 1,
-            across_hosts: !cluster.is_single_host(),
-        };
-        let mut transport = registry.open_transport(&args.transport, &config, required)?;
-        if let Some(seed) = args.chaos {
-            let seed = seed ^ u64::from(cluster.rank) << 32;
-            transport = Chaos::wrap(transport, ChaosConfig { seed, ..CHAOS });
-        }
-        let name = transport.name();
-        let can = transport.capability();
-        let itself = can.one_sided && can.across_processes && reading.secret.is_none();
-        let reader = if itself && [AUTO, name].contains(&args.p2p_transport.as_str()) {
-            Ok(transport.clone())
-        } else {
-            if let Some(secret) = &reading.secret {
-                config.secret = secret.reveal().to_vec();
-            }
-            // Readers may come from another job, so this process is never enough.
-            let required = Requirement {
-                one_sided: true,
-                across_processes: true,
-                across_hosts: !cluster.is_single_host(),
-                ..Requirement::default()
-            };
-            registry.open_transport(&args.p2p_transport, &config, required)
-        };
-        let reader = match reader {
-            Ok(reader) => reader,
-            Err(error) if reading.needed || args.p2p_transport != AUTO => return Err(error.into()),
-            Err(error) => {
-                tracing::info!(%error, "other ranks cannot read this rank's memory");
-                transport.clone()
-            }
-        };
-        tracing::info!(rank = cluster.rank, transport = name, device = device.kind(), "joined the job");
-        let server = ParameterServer::new(ServerConfig {
-            session: job.session.clone(),
-            device,
-            transport,
-            deadlines,
             limits,
-        })
-        .with_reader(reader);
+        };
+        let Opened { job, mut server, transport } = open(options, registry).await?;
+        if let Some(seed) = args.chaos {
+            let seed = seed ^ (u64::from(job.cluster.rank) << 32);
+            server = server.with_layer(|inner| Chaos::wrap(inner, ChaosConfig { seed, ..CHAOS }));
+        }
         Ok(Self {
             job,
             server,
-            transport: name,
+            transport,
             runtime_dir,
             join: args.join_timeout,
             total: args.timeout,
@@ -246,27 +187,4 @@ impl Rank {
         }
         self.job.leave().await;
     }
-}
-
-/// This host's address on the way to the hub. Connecting a UDP socket sends nothing.
-pub(crate) fn address_towards(host: &str, port: u16) -> Result<IpAddr, Error> {
-    let find = || {
-        let hub = (host, port).to_socket_addrs()?.next().ok_or(std::io::ErrorKind::AddrNotAvailable)?;
-        let any: IpAddr = match hub {
-            std::net::SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-            std::net::SocketAddr::V6(_) => std::net::Ipv6Addr::UNSPECIFIED.into(),
-        };
-        let socket = UdpSocket::bind((any, 0))?;
-        socket.connect(hub)?;
-        socket.local_addr()
-    };
-    find().map(|address| address.ip()).map_err(|error: std::io::Error| {
-        Error::new(
-            ErrorKind::ConfigInvalid,
-            "find this host's address",
-            "there is no way to the hub; check MASTER_ADDR",
-        )
-        .with(Key::Endpoint, format!("{host}:{port}"))
-        .caused_by(error)
-    })
 }

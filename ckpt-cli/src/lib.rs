@@ -5,6 +5,8 @@
 //! - a failure is one line, `error: ...`, and with `--json` also `{"error":{"kind","operation","message","context"}}`;
 //! - exit codes are those of [`Exit`].
 
+#[cfg(feature = "hccl")]
+mod ascend_worker;
 mod command;
 #[cfg(feature = "nccl")]
 mod cuda_worker;
@@ -14,7 +16,9 @@ mod job;
 mod leave;
 mod listen;
 mod logging;
+mod machine;
 mod output;
+mod picture;
 mod progress;
 
 use std::{
@@ -36,35 +40,35 @@ pub use output::{Output, Table, format_bytes};
 
 /// Everything that this build can use, in the order in which `auto` tries it. The only place with feature switches.
 ///
-/// Devices: cuda, ascend, host. Transports: nccl, hccl, rdma, ucx, mooncake, local, tcp. Accelerators come before the
+/// Devices: cuda, ascend, host. Transports: cuda, cuda-ipc, nccl, hccl, rdma, ucx, mooncake, local, tcp. Accelerators come before the
 /// host, native transports before portable ones; `local` refuses ranks in other processes, so `tcp` is the last resort
 /// that always works.
 pub fn registry() -> Registry {
-    #[allow(unused_variables, reason = "only native backends have variables, and a build may have none")]
-    let env = |name: &str| std::env::var(name).ok();
+    registry_in(&|name| std::env::var(name).ok())
+}
+
+/// The same with other environment variables for the transports.
+#[allow(unused_variables, reason = "only native backends have variables, and a build may have none")]
+pub(crate) fn registry_in(env: &dyn Fn(&str) -> Option<String>) -> Registry {
     let mut registry = Registry::default();
     #[cfg(feature = "nccl")]
     ckpt_transport_nccl::register(&mut registry);
     #[cfg(feature = "hccl")]
-    {
-        use ckpt_transport_hccl::{AscendProvider, HcclConfig, HcclProvider};
-        registry.add_device(AscendProvider::new(HcclConfig::from_env(&env)));
-        registry.add_transport(HcclProvider::new(HcclConfig::from_env(&env)));
-    }
+    ckpt_transport_hccl::register(&mut registry, env);
     #[cfg(feature = "rdma")]
     {
         use ckpt_transport_rdma::{RdmaConfig, RdmaProvider};
-        registry.add_transport(RdmaProvider::new(RdmaConfig::from_env(&env)));
+        registry.add_transport(RdmaProvider::new(RdmaConfig::from_env(env)));
     }
     #[cfg(feature = "ucx")]
     {
         use ckpt_transport_rdma::{RdmaConfig, UcxProvider};
-        registry.add_transport(UcxProvider::new(RdmaConfig::from_env(&env)));
+        registry.add_transport(UcxProvider::new(RdmaConfig::from_env(env)));
     }
     #[cfg(feature = "mooncake")]
     {
         use ckpt_transport_mooncake::{MooncakeConfig, MooncakeProvider};
-        registry.add_transport(MooncakeProvider::new(MooncakeConfig::from_env(&env)));
+        registry.add_transport(MooncakeProvider::new(MooncakeConfig::from_env(env)));
     }
     registry.add_device(HostProvider);
     registry.add_transport(LocalProvider::default());
@@ -77,8 +81,23 @@ pub(crate) fn worker_devices() -> Vec<Box<dyn WorkerDevice>> {
     vec![
         #[cfg(feature = "nccl")]
         Box::<cuda_worker::CudaWorker>::default(),
+        #[cfg(feature = "hccl")]
+        Box::new(ascend_worker::AscendWorker::new(&|name| std::env::var(name).ok())),
         Box::new(HostWorker),
     ]
+}
+
+/// What `ckpt doctor` says about the surroundings of devices: a name, whether it is as it must be, and the details.
+pub(crate) fn device_checks() -> Vec<(&'static str, bool, String)> {
+    #[allow(unused_mut, reason = "a build may have no such device")]
+    let mut checks = Vec::new();
+    #[cfg(feature = "hccl")]
+    checks.extend(
+        ckpt_transport_hccl::check::look(&|name| std::env::var(name).ok())
+            .into_iter()
+            .map(|finding| (finding.name, finding.good, finding.detail)),
+    );
+    checks
 }
 
 /// The cargo features that this build has.
@@ -123,6 +142,11 @@ struct Cli {
     logging: logging::LoggingArgs,
     #[command(subcommand)]
     command: command::Command,
+}
+
+/// The command line as clap knows it, for completions and manual pages.
+pub(crate) fn command_line() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
 }
 
 /// The whole program: what the `ckpt` binary does with the process's own arguments.
@@ -190,7 +214,7 @@ mod tests {
     fn native_transports_come_first_and_names_are_unique() {
         let registry = registry();
         let names: Vec<_> = registry.transports().map(|t| t.name()).collect();
-        let order = ["nccl", "hccl", "rdma", "ucx", "mooncake", "local", "tcp"];
+        let order = ["cuda", "cuda-ipc", "nccl", "hccl", "rdma", "ucx", "mooncake", "local", "tcp"];
         let expected: Vec<_> = order.into_iter().filter(|name| names.contains(name)).collect();
         assert_eq!(names, expected);
         let devices: Vec<_> = registry.devices().map(|d| d.kind()).collect();

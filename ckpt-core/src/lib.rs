@@ -16,6 +16,7 @@ mod liveness;
 pub mod manifest;
 pub mod metas;
 pub mod plan;
+pub mod predict;
 pub mod server;
 pub mod sink;
 pub mod testkit;

@@ -18,8 +18,11 @@ use std::{
 use async_trait::async_trait;
 use ckpt_core::{
     Error, ErrorKind, Key, Result,
-    device::{BufferSlice, DeviceBackend, Event, MemoryKind, RawStream, Stream},
-    transport::{AbortHandle, CollectiveOp, Communicator, CommunicatorQueue},
+    device::{BufferSlice, DeviceBackend, Event, MemoryKind, RawStream, Stream, poll::Pause},
+    transport::{
+        AbortHandle, CollectiveOp, Communicator, CommunicatorQueue,
+        endings::{EndingTicket, Endings},
+    },
 };
 use tokio::sync::oneshot;
 
@@ -28,9 +31,7 @@ use crate::{
     device::Context,
     error::NCCL_IN_PROGRESS,
     library::{Nccl, RawConfig, UINT8, UniqueId},
-    pause::Pause,
     table::Handle,
-    transport::{AbortTicket, RunningAborts},
     warm_up,
 };
 
@@ -41,7 +42,7 @@ pub(crate) struct Member {
     #[expect(dead_code, reason = "keeps the context alive")]
     pub(crate) device: Arc<dyn DeviceBackend>,
     pub(crate) config: NcclConfig,
-    pub(crate) aborts: Arc<RunningAborts>,
+    pub(crate) aborts: Arc<Endings>,
     pub(crate) id: UniqueId,
     pub(crate) rank: u32,
     pub(crate) world_size: u32,
@@ -150,7 +151,7 @@ impl CommunicatorQueue for NcclQueue {
     }
 }
 
-fn check_op(op: &CollectiveOp, world_size: u32) -> Result<()> {
+pub(crate) fn check_op(op: &CollectiveOp, world_size: u32) -> Result<()> {
     if op.root >= world_size {
         return Err(Error::new(
             ErrorKind::Internal,
@@ -163,7 +164,7 @@ fn check_op(op: &CollectiveOp, world_size: u32) -> Result<()> {
         return Err(Error::new(
             ErrorKind::Unsupported,
             "broadcast",
-            "NCCL broadcasts device memory only; copy the bytes into the ring first",
+            "only device memory is broadcast; copy the bytes into the ring first",
         ));
     }
     Ok(())
@@ -402,7 +403,7 @@ impl Shared {
         if self.aborting.swap(true, Ordering::AcqRel) {
             return;
         }
-        let ticket = self.member.aborts.begin();
+        let ticket = self.member.aborts.begin(self.member.config.abort_deadline);
         let for_thread = self.clone();
         let name = format!("nccl-abort-{}", self.member.rank);
         let spawned = std::thread::Builder::new().name(name).spawn(move || for_thread.run_abort(ticket));
@@ -412,7 +413,7 @@ impl Shared {
         }
     }
 
-    fn run_abort(&self, ticket: AbortTicket) {
+    fn run_abort(&self, ticket: EndingTicket) {
         let began = Instant::now();
         let mut limit = began + self.member.config.abort_deadline;
         let mut communicator = loop {

@@ -1,4 +1,5 @@
-//! CUDA devices and the transport `nccl`: broadcasts between NVIDIA GPUs.
+//! CUDA devices and the transports between NVIDIA GPUs: `cuda-ipc` copies inside a host, `nccl` broadcasts everywhere, and
+//! `cuda` takes the better one for each group.
 //!
 //! Both libraries, the CUDA driver and NCCL, are opened at run time. Without them everything compiles and runs, and the
 //! probes say what is missing.
@@ -6,9 +7,10 @@
 mod communicator;
 mod config;
 pub mod device;
+mod either;
 mod error;
+mod ipc;
 mod library;
-mod pause;
 mod table;
 mod transport;
 mod warm_up;
@@ -21,11 +23,15 @@ mod transport_tests;
 use ckpt_core::transport::Registry;
 
 pub use config::NcclConfig;
+pub use either::{CudaTransport, CudaTransportProvider};
+pub use ipc::{CudaIpcProvider, CudaIpcTransport};
 pub use transport::{NcclProvider, NcclTransport};
 
-/// Adds the device `cuda` and the transport `nccl`.
+/// Adds the device `cuda` and the transports `cuda`, `cuda-ipc` and `nccl`.
 pub fn register(registry: &mut Registry) {
     let driver = device::DriverCell::default();
     registry.add_device(device::CudaProvider::new(driver.clone()));
+    registry.add_transport(CudaTransportProvider::new(driver.clone()));
+    registry.add_transport(CudaIpcProvider::new(driver.clone()));
     registry.add_transport(NcclProvider::new(driver));
 }

@@ -1,24 +1,20 @@
 //! The transport `nccl`: tokens, forming groups, and what earlier aborts left behind.
 
 use std::{
-    sync::{
-        Arc, Mutex, MutexGuard, OnceLock,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
 use bytes::{BufMut, Bytes, BytesMut};
 use ckpt_core::{
-    Error, ErrorKind, Recovery, Result,
+    Error, ErrorKind, Result,
     device::{DeviceBackend, RawStream},
     transport::{
         Capability, Collective, Communicator, GroupSpec, OneSided, Probe, Transport, TransportConfig,
-        TransportProvider,
+        TransportProvider, endings::Endings,
     },
 };
-use tokio::sync::Notify;
 
 use crate::{
     communicator,
@@ -106,7 +102,7 @@ pub struct NcclTransport {
     driver: Arc<Driver>,
     device: Arc<dyn DeviceBackend>,
     config: NcclConfig,
-    aborts: Arc<RunningAborts>,
+    aborts: Arc<Endings>,
 }
 
 impl Transport for NcclTransport {
@@ -118,6 +114,7 @@ impl Transport for NcclTransport {
         Capability {
             collective: true,
             one_sided: false,
+            one_sided_write: false,
             across_processes: true,
             across_hosts: true,
             devices: &["cuda"],
@@ -164,7 +161,7 @@ impl Collective for NcclTransport {
                 format!("rank {} is not in a group of {}", group.rank, group.world_size),
             ));
         }
-        self.aborts.settle(self.config.abort_deadline, deadline).await?;
+        self.aborts.settle(deadline).await?;
         let stream = self.device.stream("nccl warm-up")?;
         let RawStream::Cuda(raw) = stream.raw() else {
             return Err(Error::new(
@@ -221,73 +218,6 @@ fn decode_token(token: &[u8], own_version: i32) -> Result<UniqueId> {
     Ok(UniqueId(id))
 }
 
-/// Aborts that have not returned. One that never does leaves kernels and threads behind: then no new group is formed
-/// in this process.
-#[derive(Debug, Default)]
-pub(crate) struct RunningAborts {
-    running: Mutex<Vec<(u64, Instant)>>,
-    next: AtomicU64,
-    ended: Notify,
-}
-
-impl RunningAborts {
-    fn running(&self) -> MutexGuard<'_, Vec<(u64, Instant)>> {
-        self.running.lock().expect("nothing panics while the list is locked")
-    }
-
-    /// An abort begins; it has ended when the ticket is dropped.
-    pub(crate) fn begin(self: &Arc<Self>) -> AbortTicket {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        self.running().push((number, Instant::now()));
-        AbortTicket { aborts: self.clone(), number }
-    }
-
-    /// Waits until every abort has ended; an error if one takes longer than `limit`.
-    async fn settle(&self, limit: Duration, deadline: Instant) -> Result<()> {
-        loop {
-            let ended = self.ended.notified();
-            tokio::pin!(ended);
-            ended.as_mut().enable();
-            let Some(oldest) = self.running().iter().map(|(_, began)| *began).min() else { return Ok(()) };
-            let until = deadline.min(oldest + limit);
-            if Instant::now() >= oldest + limit {
-                return Err(Error::new(
-                    ErrorKind::Backend,
-                    "join an NCCL group",
-                    format!(
-                        "the abort of an earlier group has not returned for {} s; restart this process",
-                        limit.as_secs()
-                    ),
-                )
-                .recovery_is(Recovery::Fatal));
-            }
-            if Instant::now() >= deadline {
-                return Err(Error::new(
-                    ErrorKind::Timeout,
-                    "join an NCCL group",
-                    "the abort of an earlier group goes on; try again",
-                ));
-            }
-            // Whether it ended or time passed is seen above.
-            let _ = tokio::time::timeout_at(until.into(), ended).await;
-        }
-    }
-}
-
-/// See [`RunningAborts::begin`].
-#[derive(Debug)]
-pub(crate) struct AbortTicket {
-    aborts: Arc<RunningAborts>,
-    number: u64,
-}
-
-impl Drop for AbortTicket {
-    fn drop(&mut self) {
-        self.aborts.running().retain(|(number, _)| *number != self.number);
-        self.aborts.ended.notify_waiters();
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -311,24 +241,5 @@ mod tests {
         let error = refused(&encode_token(22809, &UniqueId([0; 128])), 21805);
         assert_eq!(error.kind(), ErrorKind::ConfigInvalid);
         assert!(error.to_string().contains("2.28.9") && error.to_string().contains("2.18.5"), "{error}");
-    }
-
-    #[tokio::test]
-    async fn a_new_group_waits_for_the_abort_of_an_old_one_but_not_for_ever() {
-        let aborts = Arc::new(RunningAborts::default());
-        let soon = || Instant::now() + Duration::from_secs(20);
-        let ticket = aborts.begin();
-        let waiting = tokio::spawn({
-            let aborts = aborts.clone();
-            async move { aborts.settle(Duration::from_secs(10), soon()).await }
-        });
-        tokio::task::yield_now().await;
-        drop(ticket);
-        waiting.await.unwrap().unwrap();
-        let _stuck = aborts.begin();
-        let error = aborts.settle(Duration::from_millis(20), soon()).await.unwrap_err();
-        assert_eq!((error.kind(), error.recovery()), (ErrorKind::Backend, Recovery::Fatal));
-        let error = aborts.settle(Duration::from_secs(10), Instant::now()).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Timeout);
     }
 }

@@ -94,9 +94,15 @@ impl Job {
     /// Starts `ckpt update` of this checkpoint on all ranks, each with an engine of its own that speaks the native
     /// protocol; `options` may say otherwise.
     pub fn update(&self, options: &[&str]) -> Ranks {
+        self.update_in(&[], options)
+    }
+
+    /// The same with environment variables.
+    pub fn update_in(&self, env: &[(&str, &str)], options: &[&str]) -> Ranks {
         let mut ranks = self.absent();
         for rank in 0..self.world_size {
-            self.start(&mut ranks, rank, options);
+            let hub = ranks.hub();
+            self.spawn(env, &mut ranks, rank, options, hub);
         }
         ranks
     }
@@ -114,11 +120,16 @@ impl Job {
 
     /// Starts one rank of `ckpt update`, as [`Job::update`] starts all; `options` that begin with a command run that.
     pub fn start(&self, ranks: &mut Ranks, rank: u32, options: &[&str]) {
-        self.start_through(ranks, rank, options, ranks.hub());
+        let hub = ranks.hub();
+        self.spawn(&[], ranks, rank, options, hub);
     }
 
     /// The same with another way to the hub.
     pub fn start_through(&self, ranks: &mut Ranks, rank: u32, options: &[&str], hub: SocketAddr) {
+        self.spawn(&[], ranks, rank, options, hub);
+    }
+
+    fn spawn(&self, env: &[(&str, &str)], ranks: &mut Ranks, rank: u32, options: &[&str], hub: SocketAddr) {
         let (command, options) = match options.split_first() {
             Some((command, options)) if !command.starts_with('-') => (*command, options),
             _ => ("update", options),
@@ -146,7 +157,7 @@ impl Job {
             ("LOCAL_WORLD_SIZE", &world_size),
             ("CKPT_HUB_ADDRESS", &hub),
         ];
-        let program = variables.into_iter().fold(program, |p, (name, value)| p.env(name, value));
+        let program = variables.iter().chain(env).fold(program, |p, (name, value)| p.env(*name, *value));
         let process = program.env("CKPT_RUNTIME_DIR", self.runtime_dir()).args(options).spawn();
         ranks.processes[rank as usize] = Some(process);
     }

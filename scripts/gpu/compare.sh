@@ -78,6 +78,20 @@ for ranks in $(seq 1 "$most"); do
     [ "$shape" = qwen3-8b ] && run "peer_$ranks" python3 "$here/peer_update.py" "$ranks" --iterations "$iterations"
     ours "ours_none_$ranks" "$ranks" "$shape" none
 done
+if [ "$most" = 2 ]; then
+    # `auto` copies over CUDA IPC between the GPUs of one host; the same with NCCL's kernels.
+    for kind in native ce none; do
+        more=(--transport nccl)
+        [ $kind = ce ] && more+=("${ce[@]}")
+        ours "nccl_${kind}_2" 2 "$shape" $kind "${more[@]}"
+    done
+    for transport in cuda-ipc nccl; do
+        for op in broadcast allgather; do
+            run "${transport}_$op" "$ckpt" bench transport --json --device cuda --transport $transport --op $op \
+                --sizes 64KiB,1MiB,16MiB,128MiB,256MiB --ranks 2 --check --timeout 60
+        done
+    done
+fi
 ours kimi_native 1 kimi-small native
 ours tiny_native 1 tiny:20000 native
 ours tiny_ce 1 tiny:20000 ce "${ce[@]}"

@@ -44,6 +44,13 @@ def main(folder):
                 for i, times in enumerate(updates):
                     row = [name, kind or str(i + 1), *(seconds(times[part + "_s"]) for part in PARTS)]
                     rows.append(row + ([] if kind else [seconds(limit), f"{times['transfer_s'] / limit:.3f}"]))
+        elif "results" in found:
+            rates = (
+                f"{line['size_bytes'] >> 10} KiB {line['time_us']:.0f} us {line.get('algbw_gb_per_s', 0):.1f}/"
+                f"{line.get('busbw_gb_per_s', 0):.1f} wrong {line['wrong_bytes']}"
+                for line in found["results"]
+            )
+            print(f"{name}: {found['ranks']} ranks, time, algbw/busbw GB/s: {', '.join(rates)}")
         else:
             print(f"{name}: {json.dumps(found)}")
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]

@@ -9,12 +9,16 @@ use ckpt_core::{
     manifest::Manifest,
     server::{UpdateReport, UpdateRequest},
     sink::{CheckpointEngineSink, Layout, NativeSink, NativeSinkConfig, WeightSink, WireVersion},
+    types::TensorMeta,
     update::EngineCall,
 };
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use crate::job::{JobArgs, Rank};
+use crate::{
+    job::{JobArgs, Rank},
+    progress::Bar,
+};
 
 /// A time to wait, which may be nothing: at most a month.
 fn pause(text: &str) -> Result<Duration, String> {
@@ -129,11 +133,13 @@ impl InstanceArgs {
     ) -> anyhow::Result<Done> {
         let mut part = Bytes::new();
         if ranks.is_empty() || ranks.contains(&rank.rank()) {
+            let bytes = layout.tensors().iter().map(TensorMeta::len_bytes).sum();
+            let sink = Bar::watch(&format!("rank {}: update", rank.rank()), bytes, self.sink(layout, rank)?);
             let request = UpdateRequest {
                 checkpoint: self.checkpoint_name.clone(),
                 version,
                 ranks: ranks.to_vec(),
-                sink: Some(self.sink(layout, rank)?),
+                sink: Some(sink),
                 engine: self.engine(rank, ranks)?,
             };
             let report = rank.server.update(request).await?;

@@ -1,13 +1,16 @@
 //! The commands. A new one is a file here, a `mod` line and a line in the list below.
 
 mod bench;
+mod completions;
 mod demo;
 mod doctor;
 mod instance;
 mod join;
 mod launch;
 mod metas_file;
+mod plan;
 mod serve;
+mod shape;
 mod update;
 pub(crate) mod worker;
 
@@ -17,28 +20,31 @@ use clap::Subcommand;
 
 use crate::Context;
 
-/// Makes the enum that clap parses and the dispatch: `Variant(module::Args)` runs `module::run(args, context)`.
+/// Makes the enum that clap parses and the dispatch: `Variant(module::Args) => run` runs `module::run(args, context)`.
 /// The documentation of `Args` is the command's description.
 macro_rules! commands {
-    ($($variant:ident($module:ident::$args:ident),)*) => {
+    ($($variant:ident($module:ident::$args:ident) => $run:ident,)*) => {
         #[derive(Subcommand)]
         pub(crate) enum Command { $($variant(Box<$module::$args>),)* }
 
         impl Command {
             pub(crate) async fn run(self, context: &Context) -> anyhow::Result<ExitCode> {
-                match self { $(Command::$variant(args) => $module::run(*args, context).await,)* }
+                match self { $(Command::$variant(args) => $module::$run(*args, context).await,)* }
             }
         }
     };
 }
 
 commands! {
-    Demo(demo::DemoArgs),
-    Update(update::UpdateArgs),
-    Join(join::JoinArgs),
-    Serve(serve::ServeArgs),
-    Bench(bench::BenchArgs),
-    Doctor(doctor::DoctorArgs),
-    Launch(launch::LaunchArgs),
-    Worker(worker::WorkerArgs),
+    Demo(demo::DemoArgs) => run,
+    Update(update::UpdateArgs) => run,
+    Join(join::JoinArgs) => run,
+    Serve(serve::ServeArgs) => run,
+    Bench(bench::BenchArgs) => run,
+    Plan(plan::PlanArgs) => run,
+    Doctor(doctor::DoctorArgs) => run,
+    Launch(launch::LaunchArgs) => run,
+    Worker(worker::WorkerArgs) => run,
+    Completions(completions::CompletionsArgs) => run,
+    Man(completions::ManArgs) => run_man,
 }

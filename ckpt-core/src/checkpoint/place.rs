@@ -50,6 +50,7 @@ pub(super) fn place(
     let mut packed: Vec<usize> = Vec::new();
     let mut runs: Vec<(usize, Range<usize>)> = Vec::new();
     let mut next = range.start;
+    let in_place = in_place == InPlace::SharedMemoryFiles && lease.pins_files()?;
     while next < range.end {
         let run = run_of(source, next..range.end);
         next = run.end;
@@ -57,7 +58,7 @@ pub(super) fn place(
             packed.extend(run);
             continue;
         };
-        let wanted = in_place == InPlace::SharedMemoryFiles && in_shared_memory(&source.files[file].path);
+        let wanted = in_place && in_shared_memory(&source.files[file].path);
         let writable = if wanted && naturally_aligned(source, run.clone()) {
             match source.files[file].reopen(true) {
                 Ok(opened) => Some(opened),

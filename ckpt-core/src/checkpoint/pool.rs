@@ -174,7 +174,16 @@ impl Lease {
     pub fn allocate(&self, len_bytes: u64) -> Result<Arc<dyn Buffer>> {
         self.pool.allocations.fetch_add(1, Ordering::Relaxed);
         // A block always has at least a page: an empty one could not be pinned or registered.
-        Ok(Arc::new(super::HostMemory::allocate(len_bytes.max(4096))?))
+        let len_bytes = len_bytes.max(4096);
+        match self.pool.device.own_host_memory(len_bytes)? {
+            Some(memory) => Ok(memory),
+            None => Ok(Arc::new(super::HostMemory::allocate(len_bytes)?)),
+        }
+    }
+
+    /// Whether the device can pin files' own pages, so that they need no copy.
+    pub fn pins_files(&self) -> Result<bool> {
+        Ok(self.pool.device.own_host_memory(0)?.is_none())
     }
 
     pub fn map(&self, file: &std::fs::File, offset: u64, len_bytes: u64) -> Result<FileMemory> {

@@ -2,6 +2,7 @@
 
 mod buffer;
 pub mod host;
+pub mod poll;
 mod stream;
 
 use std::{fmt, ops::Range, path::PathBuf, sync::Arc};
@@ -76,7 +77,14 @@ pub trait DeviceBackend: Send + Sync + fmt::Debug {
     fn stream(&self, label: &'static str) -> Result<Arc<dyn Stream>>;
     /// An exported buffer of at least `len_bytes`.
     fn allocate_ring(&self, len_bytes: u64) -> Result<Arc<dyn Ring>>;
-    /// Makes host memory fast to copy from. The result keeps `memory` alive and unpins when dropped.
+    /// Host memory that is fast to copy from and to, on devices that can pin only what their library allocated. `None`:
+    /// [`Self::pin`] pins the caller's own memory where it is.
+    fn own_host_memory(&self, len_bytes: u64) -> Result<Option<Arc<dyn Buffer>>> {
+        let _ = len_bytes;
+        Ok(None)
+    }
+    /// Makes host memory fast to copy from. The result keeps `memory` alive and unpins when dropped. It is a copy at another
+    /// address on devices that have [`Self::own_host_memory`].
     fn pin(&self, memory: Arc<dyn Buffer>) -> Result<Arc<dyn Buffer>>;
     /// Between a finished one-sided READ into device memory and work that reads those bytes.
     fn flush_remote_writes(&self) -> Result<()>;

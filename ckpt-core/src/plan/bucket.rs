@@ -74,7 +74,11 @@ impl Sender {
 
 /// A part of a whole, in 2^-32.
 fn part(bytes: u64, whole: u64) -> u64 {
-    (u128::from(bytes) * u128::from(COMPLETE) / u128::from(whole.max(1))) as u64
+    match bytes.checked_mul(COMPLETE) {
+        // The usual case, spared a division of 128 bits.
+        Some(scaled) => scaled / whole.max(1),
+        None => (u128::from(bytes) * u128::from(COMPLETE) / u128::from(whole.max(1))) as u64,
+    }
 }
 
 impl Packing {
@@ -222,6 +226,9 @@ impl<'a> Schedule<'a> {
     }
 
     fn remember(&mut self, sender: usize) {
+        if !self.packing.interleave {
+            return;
+        }
         self.recent.push_back(sender);
         self.recent_turns[sender] += 1;
         if self.recent.len() as u64 >= u64::from(self.packing.window)
@@ -233,7 +240,7 @@ impl<'a> Schedule<'a> {
 
     fn fits(&self, draft: &Draft, sender: usize) -> bool {
         let sender = &self.senders[sender];
-        let added = draft.added_bytes(&self.items[sender.next_item], sender.rank);
+        let added = draft.place(&self.items[sender.next_item], sender.rank).added_bytes;
         draft.tensors == 0
             || (draft.tensors < MAX_TENSORS_PER_BUCKET
                 && draft.len_bytes + added <= self.packing.bucket_bytes)
@@ -257,16 +264,16 @@ impl<'a> Schedule<'a> {
         let mut next = self.senders[sender].next_item;
         while next < self.senders[sender].end {
             let item = &self.items[next];
-            let added = draft.added_bytes(item, rank);
+            let place = draft.place(item, rank);
             let first = next == self.senders[sender].next_item;
             let full = draft.tensors >= MAX_TENSORS_PER_BUCKET
-                || (draft.tensors > 0 && draft.len_bytes + added > self.packing.bucket_bytes);
+                || (draft.tensors > 0 && draft.len_bytes + place.added_bytes > self.packing.bucket_bytes);
             // Rather half a quota too much than a turn of a few bytes.
             let enough = item.len_bytes > 0 && taken >= quota / 2 && taken + item.len_bytes > quota;
             if !first && (full || enough) {
                 break;
             }
-            draft.append(item, rank);
+            draft.append(item, rank, place);
             taken += item.len_bytes;
             next += 1;
         }
@@ -285,26 +292,25 @@ impl Draft {
                 && last.arena == item.arena
                 && last.tensors.end == item.index
                 && item.offset - end <= MAX_GAP_BYTES
-                && (item.offset - last.arena_offset).is_multiple_of(u64::from(item.element_bytes))
+                // A power of two.
+                && (item.offset - last.arena_offset) & u64::from(item.element_bytes - 1) == 0
         })
     }
 
-    /// Ring bytes that `item` would add.
-    fn added_bytes(&self, item: &Item, owner: Rank) -> u64 {
+    /// Where `item` would go.
+    fn place(&self, item: &Item, owner: Rank) -> Place {
         match self.segments.last() {
             Some(last) if self.extends_last(item, owner) => {
-                align_up(last.ring_offset + (item.offset - last.arena_offset) + item.len_bytes)
-                    - self.len_bytes
+                let end = last.ring_offset + (item.offset - last.arena_offset) + item.len_bytes;
+                Place { added_bytes: align_up(end) - self.len_bytes, extends_last: true }
             }
-            _ => align_up(item.len_bytes),
+            _ => Place { added_bytes: align_up(item.len_bytes), extends_last: false },
         }
     }
 
-    fn append(&mut self, item: &Item, owner: Rank) {
-        let added = self.added_bytes(item, owner);
-        let extends = self.extends_last(item, owner);
+    fn append(&mut self, item: &Item, owner: Rank, place: Place) {
         match self.segments.last_mut() {
-            Some(last) if extends => {
+            Some(last) if place.extends_last => {
                 last.len_bytes = item.offset - last.arena_offset + item.len_bytes;
                 last.tensors.end = item.index + 1;
             }
@@ -318,7 +324,16 @@ impl Draft {
                 tensors: item.index..item.index + 1,
             }),
         }
-        self.len_bytes += added;
+        self.len_bytes += place.added_bytes;
         self.tensors += 1;
     }
+}
+
+/// What appending an item does to a draft.
+#[derive(Clone, Copy)]
+struct Place {
+    /// Ring bytes.
+    added_bytes: u64,
+    /// Whether the last segment grows; otherwise the item begins one.
+    extends_last: bool,
 }

@@ -1,6 +1,6 @@
 //! The ring: how large it is, how large buckets are, and where each bucket lies.
 
-use std::collections::BTreeMap;
+use std::ops::Range;
 
 use super::{
     PlanError, PlanLimits,
@@ -71,13 +71,22 @@ pub(super) struct Allocator {
     ring_bytes: u64,
     /// Where the last bucket ended.
     cursor: u64,
-    /// Which bucket wrote each range last: start to end and bucket. Ranges are disjoint.
-    last_writer: BTreeMap<u64, (u64, u32)>,
+    /// Which bucket wrote each range last, ascending and disjoint. A ring holds few buckets: this is searched and
+    /// changed faster than a tree.
+    written: Vec<Written>,
+}
+
+/// A range of the ring and the bucket that wrote it last.
+#[derive(Clone, Copy, Debug)]
+struct Written {
+    start: u64,
+    end: u64,
+    bucket: u32,
 }
 
 impl Allocator {
     pub fn new(ring_bytes: u64) -> Self {
-        Self { ring_bytes, cursor: 0, last_writer: BTreeMap::new() }
+        Self { ring_bytes, cursor: 0, written: Vec::new() }
     }
 
     /// A place for `len_bytes` below `limit`, both no more than the ring, and the last bucket that must have been acked
@@ -104,31 +113,24 @@ impl Allocator {
         (offset, waits_for)
     }
 
-    fn overlapping(&self, start: u64, end: u64) -> impl Iterator<Item = (u64, u64, u32)> {
-        let before = self.last_writer.range(..start).next_back();
-        before
-            .into_iter()
-            .chain(self.last_writer.range(start..end))
-            .map(|(s, (e, bucket))| (*s, *e, *bucket))
-            .filter(move |(s, e, _)| *s < end && *e > start)
+    /// Which of the written ranges overlap `start..end`.
+    fn overlapping(&self, start: u64, end: u64) -> Range<usize> {
+        let first = self.written.partition_point(|w| w.end <= start);
+        let count = self.written[first..].iter().take_while(|w| w.start < end).count();
+        first..first + count
     }
 
     fn last_in(&self, start: u64, end: u64) -> Option<u32> {
-        self.overlapping(start, end).map(|(_, _, bucket)| bucket).max()
+        self.written[self.overlapping(start, end)].iter().map(|w| w.bucket).max()
     }
 
     fn write(&mut self, start: u64, end: u64, bucket: u32) {
-        let old: Vec<(u64, u64, u32)> = self.overlapping(start, end).collect();
-        for (s, e, writer) in old {
-            self.last_writer.remove(&s);
-            if s < start {
-                self.last_writer.insert(s, (start, writer));
-            }
-            if e > end {
-                self.last_writer.insert(end, (e, writer));
-            }
-        }
-        self.last_writer.insert(start, (end, bucket));
+        let replaced = self.overlapping(start, end);
+        let old = &self.written[replaced.clone()];
+        let before = old.first().filter(|w| w.start < start).map(|w| Written { end: start, ..*w });
+        let after = old.last().filter(|w| w.end > end).map(|w| Written { start: end, ..*w });
+        let new = before.into_iter().chain([Written { start, end, bucket }]).chain(after);
+        self.written.splice(replaced, new);
     }
 }
 

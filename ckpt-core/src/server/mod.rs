@@ -1,6 +1,8 @@
 //! The parameter server: one per inference worker, holds a share of checkpoints and moves it on request.
 
 mod metas;
+mod open;
+mod read;
 mod report;
 
 use std::{
@@ -12,7 +14,10 @@ use bytes::Bytes;
 use tracing::Instrument as _;
 
 use self::metas::Known;
-pub use self::report::{Stages, UpdateReport};
+pub use self::{
+    open::{OpenOptions, Opened, Reading, address_towards, open},
+    report::{Stages, UpdateReport},
+};
 use crate::{
     checkpoint::RegisteredCheckpoint,
     control::{Joining, Session, ToHub},
@@ -138,6 +143,16 @@ impl ParameterServer {
     #[must_use]
     pub fn with_reader(mut self, reader: Arc<dyn Transport>) -> Self {
         self.reader = reader;
+        self
+    }
+
+    /// Puts a layer over the transport that broadcasts.
+    #[must_use]
+    pub fn with_layer<T: Transport + 'static>(
+        mut self,
+        layer: impl FnOnce(Arc<dyn Transport>) -> Arc<T>,
+    ) -> Self {
+        self.transport = layer(self.transport);
         self
     }
 

@@ -98,7 +98,10 @@ fn host_of(metas: &RankMetas) -> String {
 
 /// Pinned memory of the ring's size, so that every segment has the same place in both.
 fn staging(device: &dyn DeviceBackend, len_bytes: u64) -> Result<Arc<dyn Buffer>> {
-    device.pin(HostBuffer::allocate(len_bytes)?)
+    match device.own_host_memory(len_bytes)? {
+        Some(memory) => Ok(memory),
+        None => device.pin(HostBuffer::allocate(len_bytes)?),
+    }
 }
 
 /// What a transport needs to reach a rank's arenas, in their order: stands in the metas under the transport's name.
@@ -110,7 +113,7 @@ pub(crate) fn encode_regions<'a>(regions: impl Iterator<Item = &'a RemoteRegion>
 }
 
 /// A rank's regions as `transport` reads them, one for each arena.
-fn regions_of(metas: &RankMetas, transport: &str) -> Result<Vec<RemoteRegion>> {
+pub(crate) fn regions_of(metas: &RankMetas, transport: &str) -> Result<Vec<RemoteRegion>> {
     let corrupt = |what: &str| {
         Error::new(ErrorKind::Corrupt, OPERATION, format!("the owner's metas are damaged: {what}"))
     };

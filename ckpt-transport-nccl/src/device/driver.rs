@@ -12,6 +12,7 @@ use ckpt_core::{
     transport::library::{LibrarySearch, Opened},
 };
 
+use super::loans::Loans;
 use crate::{
     error,
     table::{Handle, function_table, load},
@@ -62,6 +63,7 @@ function_table! {
             memory_info = "cuMemGetInfo_v2": fn(*mut usize, *mut usize) -> i32;
             memory_alloc = "cuMemAlloc_v2": fn(*mut u64, usize) -> i32;
             memory_free = "cuMemFree_v2": fn(u64) -> i32;
+            memory_block = "cuMemGetAddressRange_v2": fn(*mut u64, *mut usize, u64) -> i32;
             host_register = "cuMemHostRegister_v2": fn(usize, usize, u32) -> i32;
             host_unregister = "cuMemHostUnregister": fn(usize) -> i32;
             ipc_export = "cuIpcGetMemHandle": fn(*mut IpcHandle, u64) -> i32;
@@ -101,6 +103,7 @@ function_table! {
 pub struct Driver {
     pub(crate) functions: Functions,
     version: i32,
+    pub(crate) loans: Loans,
 }
 
 impl fmt::Debug for Driver {
@@ -134,7 +137,7 @@ impl Driver {
 
     /// Calls `cuInit` through `functions`.
     pub(crate) fn start(functions: Functions) -> Result<Arc<Self>> {
-        let mut driver = Self { functions, version: 0 };
+        let mut driver = Self { functions, version: 0, loans: Loans::default() };
         // SAFETY: `cuInit` takes no pointers and may be called more than once.
         driver.check("start the CUDA driver", unsafe { (driver.functions.init)(0) })?;
         let mut version = 0;

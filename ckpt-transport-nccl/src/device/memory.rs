@@ -13,16 +13,38 @@ use crate::error::{CUDA_INVALID_VALUE, CUDA_NOT_SUPPORTED};
 /// Allocations are rounded up to this: smaller ones share a block, and a block is what is exported.
 pub(crate) const GRANULE: u64 = 2 << 20;
 
-/// A `cuMemAlloc` block.
+/// The right to free a `cuMemAlloc` block.
+pub(crate) struct Block {
+    context: Arc<Context>,
+    pub(crate) address: u64,
+}
+
+impl fmt::Debug for Block {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Block({:#x})", self.address)
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `DeviceMemory::allocate`, freed once. Work that used it is over: it held a slice until
+        // then; and whoever had it on loan has given it back.
+        let freed = self.context.run("free device memory", |f| unsafe { (f.memory_free)(self.address) });
+        if let Err(error) = freed {
+            tracing::debug!(%error, "device memory was not freed");
+        }
+    }
+}
+
+/// Device memory of its own block.
 pub(crate) struct DeviceMemory {
-    pub(crate) context: Arc<Context>,
-    address: u64,
+    block: Arc<Block>,
     len_bytes: u64,
 }
 
 impl fmt::Debug for DeviceMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "DeviceMemory({:#x}, {} bytes)", self.address, self.len_bytes)
+        write!(f, "DeviceMemory({:#x}, {} bytes)", self.block.address, self.len_bytes)
     }
 }
 
@@ -43,7 +65,18 @@ impl DeviceMemory {
             ErrorKind::ResourceExhausted => explain_exhaustion(context, rounded, error),
             _ => error,
         })?;
-        Ok(Self { context: context.clone(), address, len_bytes: rounded })
+        Ok(Self { block: Arc::new(Block { context: context.clone(), address }), len_bytes: rounded })
+    }
+
+    pub(crate) fn context(&self) -> &Arc<Context> {
+        &self.block.context
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        // Other processes may have it mapped: then it is freed once they have let go.
+        self.block.context.driver.loans.give_back(&self.block);
     }
 }
 
@@ -70,7 +103,7 @@ pub(crate) fn free_memory(context: &Context) -> Result<u64> {
 // SAFETY: the block is allocated until drop, and drop runs when nobody holds the buffer.
 unsafe impl Buffer for DeviceMemory {
     fn address(&self) -> u64 {
-        self.address
+        self.block.address
     }
 
     fn len_bytes(&self) -> u64 {
@@ -79,16 +112,6 @@ unsafe impl Buffer for DeviceMemory {
 
     fn memory(&self) -> MemoryKind {
         MemoryKind::Device
-    }
-}
-
-impl Drop for DeviceMemory {
-    fn drop(&mut self) {
-        // SAFETY: allocated by `allocate`, freed once. Work that used it is over: it held a slice until then.
-        let freed = self.context.run("free device memory", |f| unsafe { (f.memory_free)(self.address) });
-        if let Err(error) = freed {
-            tracing::debug!(%error, "device memory was not freed");
-        }
     }
 }
 
@@ -169,6 +192,24 @@ impl Drop for PinnedMemory {
     }
 }
 
+/// The block around `address`: where it starts and how long it is.
+pub(crate) fn block_around(context: &Context, address: u64) -> Result<(u64, u64)> {
+    let (mut base, mut len) = (0, 0usize);
+    // SAFETY: writes one address and one length.
+    context.run("find a block of device memory", |f| unsafe {
+        (f.memory_block)(&mut base, &mut len, address)
+    })?;
+    Ok((base, len as u64))
+}
+
+/// The IPC handle of the block that starts at `base`.
+pub(crate) fn export(context: &Context, base: u64) -> Result<[u8; 64]> {
+    let mut handle = IpcHandle([0; 64]);
+    // SAFETY: writes 64 bytes; the driver refuses what is not the base of a `cuMemAlloc` block.
+    context.run("export device memory", |f| unsafe { (f.ipc_export)(&mut handle, base) })?;
+    Ok(handle.0)
+}
+
 /// Another process's exported block, mapped here.
 pub(crate) struct IpcMapping {
     context: Arc<Context>,
@@ -191,13 +232,13 @@ impl IpcMapping {
         let bytes: [u8; 64] = handle.try_into().map_err(|_| {
             Error::new(
                 ErrorKind::Corrupt,
-                "open a ring of device memory",
+                "map device memory",
                 format!("a CUDA IPC handle has 64 bytes, this one {}", handle.len()),
             )
         })?;
         let mut base = 0;
         // SAFETY: writes one device pointer; the driver checks the handle.
-        context.run("open a ring of device memory", |f| unsafe {
+        context.run("map device memory", |f| unsafe {
             (f.ipc_open)(&mut base, IpcHandle(bytes), Self::LAZY_PEER_ACCESS)
         })?;
         Ok(Self { context: context.clone(), base, offset, len_bytes })
@@ -222,10 +263,9 @@ unsafe impl Buffer for IpcMapping {
 impl Drop for IpcMapping {
     fn drop(&mut self) {
         // SAFETY: opened once with this address; copies that used it held a slice until they were done.
-        let closed =
-            self.context.run("close a ring of device memory", |f| unsafe { (f.ipc_close)(self.base) });
+        let closed = self.context.run("unmap device memory", |f| unsafe { (f.ipc_close)(self.base) });
         if let Err(error) = closed {
-            tracing::debug!(%error, "a ring's mapping was not closed");
+            tracing::debug!(%error, "device memory was not unmapped");
         }
     }
 }

@@ -7,7 +7,8 @@
 mod batch;
 mod driver;
 mod event;
-mod memory;
+mod loans;
+pub(crate) mod memory;
 mod numa;
 mod pieces;
 mod ring;
@@ -33,7 +34,7 @@ pub(crate) use driver::Context;
 pub use driver::{Driver, DriverCell};
 #[cfg(test)]
 pub(crate) use driver::{Functions, IpcHandle};
-pub use event::CudaEvent;
+pub use event::{CudaEvent, RawEvent};
 pub(crate) use memory::DeviceMemory;
 pub use numa::bind_current_thread;
 pub use pieces::{HostTime, PieceCopier};
@@ -157,19 +158,12 @@ pub struct CudaDevice {
     device: i32,
 }
 
-// The poller has nothing to show.
-impl std::fmt::Debug for event::Poller {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Poller")
-    }
-}
-
 impl CudaDevice {
     /// Opens visible device number `ordinal`.
     pub fn open(driver: Arc<Driver>, ordinal: u32) -> Result<Self> {
         let (info, device) = describe(&driver, ordinal)?;
         let context = Context::retain(driver, device).map_err(|e| e.with(Key::Device, &info.uuid))?;
-        let poller = event::Poller::start(context.clone())?;
+        let poller = event::start_poller(context.clone())?;
         Ok(Self { context, poller, info, device })
     }
 

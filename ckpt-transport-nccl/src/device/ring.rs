@@ -12,8 +12,8 @@ use ckpt_core::{
 };
 
 use super::{
-    driver::{Context, IpcHandle},
-    memory::DeviceMemory,
+    driver::Context,
+    memory::{self, DeviceMemory},
 };
 
 /// A `cuMemAlloc` block with its IPC handle. Freed when the last slice of it is gone; the driver of an update keeps it
@@ -27,18 +27,14 @@ pub struct CudaRing {
 impl CudaRing {
     pub(crate) fn allocate(context: &Arc<Context>, len_bytes: u64) -> Result<Self> {
         let memory = Arc::new(DeviceMemory::allocate(context, len_bytes)?);
-        let mut handle = IpcHandle([0; 64]);
-        // SAFETY: writes 64 bytes; the address is the base of a `cuMemAlloc` block.
-        context.run("export a ring of device memory", |f| unsafe {
-            (f.ipc_export)(&mut handle, memory.address())
-        })?;
-        Ok(Self { memory, handle: handle.0 })
+        let handle = memory::export(context, memory.address())?;
+        Ok(Self { memory, handle })
     }
 
     /// The whole ring as a dma-buf, for an RDMA device to register. The descriptor keeps the memory alive by itself.
     pub fn dma_buf(&self) -> Result<OwnedFd> {
         const DMA_BUF_FD: i32 = 1;
-        let context = &self.memory.context;
+        let context = self.memory.context();
         let Some(export) = context.driver.functions.dma_buf else {
             return Err(Error::new(
                 ErrorKind::Unsupported,

@@ -166,7 +166,7 @@ impl Stream for CudaStream {
         };
         // SAFETY: both handles are live; the driver keeps what it needs of the event.
         self.context
-            .run("wait on a CUDA stream", |f| unsafe { (f.stream_wait)(self.raw, event.event.raw, 0) })
+            .run("wait on a CUDA stream", |f| unsafe { (f.stream_wait)(self.raw, event.native().raw, 0) })
     }
 }
 

@@ -232,6 +232,18 @@ unsafe extern "C" fn memory_free(address: u64) -> i32 {
     0
 }
 
+unsafe extern "C" fn memory_block(base: *mut u64, len: *mut usize, address: u64) -> i32 {
+    let world = world();
+    match world.device.range(..=address).next_back() {
+        Some((start, bytes)) if address < start + bytes => {
+            // SAFETY: the caller gives room for both.
+            unsafe { (*base, *len) = (*start, *bytes as usize) };
+            0
+        }
+        _ => INVALID_VALUE,
+    }
+}
+
 unsafe extern "C" fn host_register(address: usize, len: usize, _: u32) -> i32 {
     let mut world = world();
     if world.registered.contains_key(&(address as u64)) {
@@ -259,6 +271,11 @@ unsafe extern "C" fn ipc_open(address: *mut u64, handle: IpcHandle, _: u32) -> i
     // SAFETY: the caller gives room for one address.
     unsafe { *address = u64::from_le_bytes(bytes) };
     if is_allocated(u64::from_le_bytes(bytes)) { 0 } else { INVALID_VALUE }
+}
+
+/// In place of [`ipc_open`]: `CUDA_ERROR_PEER_ACCESS_UNSUPPORTED`.
+pub(super) unsafe extern "C" fn ipc_refused(_: *mut u64, _: IpcHandle, _: u32) -> i32 {
+    217
 }
 
 unsafe extern "C" fn ipc_close(_: u64) -> i32 {
@@ -448,6 +465,7 @@ pub(super) fn functions() -> Functions {
         memory_info,
         memory_alloc,
         memory_free,
+        memory_block,
         host_register,
         host_unregister,
         ipc_export,

@@ -22,6 +22,13 @@ pub(crate) fn driver() -> Arc<Driver> {
     Driver::start(cuda::functions()).unwrap()
 }
 
+/// The same on a machine where processes cannot map each other's memory.
+pub(crate) fn driver_without_ipc() -> Arc<Driver> {
+    let mut functions = cuda::functions();
+    functions.ipc_open = cuda::ipc_refused;
+    Driver::start(functions).unwrap()
+}
+
 /// A device of that driver.
 pub(crate) fn device(local_rank: u32) -> CudaDevice {
     CudaProvider::new(DriverCell::of(driver())).open_cuda(local_rank).unwrap()

@@ -229,6 +229,9 @@ async fn keep_alive(factory: &dyn Factory, members: u32) -> Result<()> {
             }
             let op = CollectiveOp { root: 0, buffer: middle.clone() };
             let event = communicator.queue.enqueue(vec![op], &node.bench.stream).await?;
+            if !factory.later_work_waits() {
+                event.done(soon()).await?;
+            }
             node.bench.stream.copy(middle, target.clone())?;
             if let Some(gate) = gate {
                 let early = rank == 0 && gone.load(Ordering::SeqCst);

@@ -7,6 +7,7 @@
 mod collective;
 mod device;
 mod one_sided;
+mod write;
 
 use std::{
     sync::{
@@ -38,6 +39,10 @@ pub trait Factory: Send + Sync {
     fn max_members(&self) -> u32;
     /// Whether members that enqueue different lengths get an error.
     fn detects_mismatch(&self) -> bool;
+    /// Whether work that is put on a stream behind a group waits for the group. Else only its event tells.
+    fn later_work_waits(&self) -> bool {
+        true
+    }
 }
 
 /// What was checked.

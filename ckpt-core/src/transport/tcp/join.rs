@@ -4,6 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration, time::Instant};
 
 use futures_util::future::{join_all, try_join, try_join_all};
 use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     mesh::{Mesh, Peer},
@@ -13,7 +14,7 @@ use super::{
 };
 use crate::{
     error::{Error, ErrorKind, Key, Result},
-    transport::{Communicator, GroupSpec, group::missing},
+    transport::{GroupSpec, group::missing},
 };
 
 /// How long a refusal may take to be written.
@@ -21,7 +22,7 @@ const REFUSAL_TIME: Duration = Duration::from_secs(1);
 const READY: u8 = 1;
 
 /// Forms the group, or undoes everything by the deadline: sockets belong to this future until it is done.
-pub(super) async fn join(node: &Arc<Node>, spec: &GroupSpec, deadline: Instant) -> Result<Communicator> {
+pub(super) async fn join(node: &Arc<Node>, spec: &GroupSpec, deadline: Instant) -> Result<Arc<Mesh>> {
     let token = Token::decode(&spec.token)?;
     let inbox = node.inbox(&token, spec.rank == 0)?;
     let world_size = spec.world_size as usize;
@@ -226,7 +227,8 @@ impl Forming<'_> {
             let control = links.control.ok_or_else(incomplete)?;
             let address = control.peer_addr().map_err(super::wire::broken)?;
             let lanes = links.lanes.into_iter().collect::<Option<Vec<_>>>().ok_or_else(incomplete)?;
-            peers.push(Peer { rank: rank as u32, address, lanes, control: Arc::new(control) });
+            let (control, gone) = (Arc::new(control), CancellationToken::new());
+            peers.push(Peer { rank: rank as u32, address, lanes, control, gone });
         }
         Ok(peers)
     }

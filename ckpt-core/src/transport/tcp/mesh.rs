@@ -32,6 +32,8 @@ pub(super) struct Peer {
     pub(super) address: SocketAddr,
     pub(super) lanes: Vec<TcpStream>,
     pub(super) control: Arc<TcpStream>,
+    /// Cancelled once the peer has closed its end: it has left for good, or is dead.
+    pub(super) gone: CancellationToken,
 }
 
 /// A member's view of the group. Its connections close when the last job and the queue are gone.
@@ -46,7 +48,7 @@ pub(super) struct Mesh {
 
 impl Mesh {
     /// Starts to listen for notices.
-    pub(super) fn start(rank: u32, world_size: u32, peers: Vec<Peer>) -> Communicator {
+    pub(super) fn start(rank: u32, world_size: u32, peers: Vec<Peer>) -> Arc<Self> {
         let mesh = Arc::new(Self {
             rank,
             world_size,
@@ -58,8 +60,13 @@ impl Mesh {
             let listen = listen(Arc::downgrade(&mesh), index, peer.control.clone());
             tokio::spawn(mesh.ended.clone().run_until_cancelled_owned(listen));
         }
-        let abort = TcpAbort { mesh: Arc::downgrade(&mesh), poison: mesh.poison.clone() };
-        let queue = TcpQueue { mesh, next: 0, order: Order::default() };
+        mesh
+    }
+
+    /// The group as one that broadcasts over its lanes.
+    pub(super) fn communicator(self: Arc<Self>) -> Communicator {
+        let abort = TcpAbort { mesh: Arc::downgrade(&self), poison: self.poison.clone() };
+        let queue = TcpQueue { mesh: self, next: 0, order: Order::default() };
         Communicator { queue: Box::new(queue), abort: Arc::new(abort) }
     }
 
@@ -111,19 +118,25 @@ pub(super) fn lost(peer: &Peer, message: &'static str) -> Error {
 
 async fn listen(mesh: Weak<Mesh>, index: usize, control: Arc<TcpStream>) {
     let notice = receive::<Notice>(&control).await;
-    // A group that has ended needs no notices.
-    let Some(mesh) = mesh.upgrade() else { return };
-    let peer = &mesh.peers[index];
-    match notice {
-        // Its lanes close too; a broadcast that still needs it ends by that.
-        Ok(Notice::Left) => tracing::trace!(peer = peer.rank, "a member left"),
-        Ok(Notice::Aborted(cause)) => {
-            mesh.fail(cause);
+    let gone = {
+        // A group that has ended needs no notices.
+        let Some(mesh) = mesh.upgrade() else { return };
+        let peer = &mesh.peers[index];
+        match notice {
+            // Its lanes close too; a broadcast that still needs it ends by that.
+            Ok(Notice::Left) => tracing::trace!(peer = peer.rank, "a member left"),
+            Ok(Notice::Aborted(cause)) => {
+                mesh.fail(cause);
+            }
+            Err(error) => {
+                mesh.fail(lost(peer, "a member died or was cut off").caused_by(error));
+            }
         }
-        Err(error) => {
-            mesh.fail(lost(peer, "a member died or was cut off").caused_by(error));
-        }
-    }
+        peer.gone.clone()
+    };
+    // Nothing more is said: what comes is the end.
+    let _ = socket::read_exact(&control, &mut [0]).await;
+    gone.cancel();
 }
 
 #[derive(Debug)]

@@ -8,12 +8,14 @@
 mod broadcast;
 mod join;
 mod mesh;
+mod messages;
 mod node;
 mod one_sided;
 mod socket;
 #[cfg(test)]
 mod tests;
 pub(crate) mod wire;
+mod write;
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
@@ -21,6 +23,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio_util::sync::DropGuard;
 
+pub use self::messages::{Heard, Messenger, Talk};
 use self::{node::Node, wire::Token};
 use super::{
     Capability, Collective, Communicator, GroupSpec, OneSided, Probe, Transport, TransportConfig,
@@ -76,6 +79,7 @@ impl Transport for TcpTransport {
         Capability {
             collective: true,
             one_sided: true,
+            one_sided_write: true,
             across_processes: true,
             across_hosts: !self.node.listens.ip().is_loopback(),
             devices: &["host"],
@@ -102,6 +106,6 @@ impl Collective for TcpTransport {
 
     async fn join(&self, group: GroupSpec, deadline: Instant) -> Result<Communicator> {
         check_spec(&group)?;
-        join::join(&self.node, &group, deadline).await
+        Ok(join::join(&self.node, &group, deadline).await?.communicator())
     }
 }

@@ -1,4 +1,4 @@
-//! One batch of reads from one owner: cut into pieces, put on lanes, tried again elsewhere when a lane fails.
+//! One batch of reads or writes with one owner: cut into pieces, put on lanes, tried again elsewhere when a lane fails.
 
 use std::{
     collections::BTreeMap,
@@ -6,12 +6,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ckpt_core::{Error, ErrorKind, Key, Result, device::BufferSlice, transport::ReadOp};
+use ckpt_core::{
+    Error, ErrorKind, Key, Result,
+    device::BufferSlice,
+    transport::{Transfer, Way},
+};
 
 use crate::{
     connection::Connection,
     lane::{Batch, FLUSHED, Failure, Lane, Piece},
-    memory::{Claim, MrSet, copy},
+    memory::{Claim, MrSet, transfer_own},
     node::{Node, Peer},
     wire::Descriptor,
 };
@@ -22,12 +26,11 @@ const PIECE_BYTES: u64 = 1 << 20;
 const ATTEMPTS: usize = 4;
 /// A device flushes a queue pair at once; this long a batch waits for it after its deadline.
 const QUIET: Duration = Duration::from_secs(2);
-const OPERATION: &str = "read remote memory";
 
-/// A part of one read.
+/// A part of one transfer.
 #[derive(Clone)]
 struct Part {
-    into: BufferSlice,
+    memory: BufferSlice,
     registered: Arc<MrSet>,
     remote_address: u64,
     keys: Arc<Vec<u32>>,
@@ -36,21 +39,23 @@ struct Part {
 /// What is on a device now.
 type Current = Mutex<Option<(Arc<Connection>, Arc<Batch>)>>;
 
-/// Reads `ops`, all of one owner. When it returns, no device touches their memory any more.
-pub(crate) async fn read(
-    node: &Arc<Node>,
-    peer: Peer,
-    ops: Vec<(ReadOp, Descriptor)>,
-    deadline: Instant,
-) -> Result<()> {
+/// A batch with one owner.
+pub(crate) struct Job {
+    pub(crate) way: Way,
+    pub(crate) transfers: Vec<(Transfer, Descriptor)>,
+}
+
+/// Moves the bytes. When it returns, no device touches this side's memory any more.
+pub(crate) async fn run(node: &Arc<Node>, peer: Peer, job: Job, deadline: Instant) -> Result<()> {
+    let operation = job.way.operation();
     if peer.1 == node.id {
-        return own(node, ops, deadline).await.map_err(|e| e.with(Key::Peer, peer.0));
+        return own(node, job, deadline).await.map_err(|e| e.with(Key::Peer, peer.0));
     }
     let current = Current::default();
-    let outcome = tokio::time::timeout_at(deadline.into(), attempts(node, peer, &ops, &current)).await;
+    let outcome = tokio::time::timeout_at(deadline.into(), attempts(node, peer, &job, &current)).await;
     let outcome = outcome.unwrap_or_else(|_| {
         let what = "the bytes did not arrive by the deadline";
-        let mut error = Error::new(ErrorKind::Timeout, OPERATION, what);
+        let mut error = Error::new(ErrorKind::Timeout, operation, what);
         let current = current.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((connection, _)) = &*current {
             let names = connection.lanes.iter().map(|lane| lane.nic.name());
@@ -66,55 +71,39 @@ pub(crate) async fn read(
         connection.kill();
         if tokio::time::timeout(QUIET, batch.finished()).await.is_err() {
             // The pieces own their memory, so nothing breaks but the promise that it may be reused.
-            tracing::error!(peer = %peer.0, "a device does not let go of a read that has failed");
+            tracing::error!(peer = %peer.0, "a device does not let go of a batch that has failed");
         }
     }
     outcome.map_err(|e| e.with(Key::Peer, peer.0))
 }
 
-/// Reads of this process's own regions are copies: a NIC would carry the bytes twice over its link, and some setups do
-/// not route to themselves.
-async fn own(node: &Arc<Node>, ops: Vec<(ReadOp, Descriptor)>, deadline: Instant) -> Result<()> {
-    let late = || Error::new(ErrorKind::Timeout, OPERATION, "the bytes were not copied by the deadline");
-    let claims = claims(&ops);
+/// Transfers with this process's own regions are copies: a NIC would carry the bytes twice over its link, and some setups
+/// do not route to themselves.
+async fn own(node: &Arc<Node>, job: Job, deadline: Instant) -> Result<()> {
+    let operation = job.way.operation();
+    let late = move || {
+        let what = "the bytes were not copied by the deadline";
+        let error = || Err(Error::new(ErrorKind::Timeout, operation, what));
+        if Instant::now() < deadline { Ok(()) } else { error() }
+    };
+    let claims = claims(&job);
     node.regions.check(&claims)?;
     let regions = node.regions.clone();
     let copied = tokio::task::spawn_blocking(move || {
-        for (op, _) in &ops {
-            let Some(buffer) = regions.buffer(op.region.generation) else { break };
-            let end = op.offset + op.into.len_bytes();
-            let from = BufferSlice::new(buffer, op.offset..end)?;
-            let mut start = 0;
-            // In pieces, so that a deadline is kept.
-            while start < from.len_bytes() {
-                if Instant::now() >= deadline {
-                    return Err(late());
-                }
-                let end = from.len_bytes().min(start + 64 * PIECE_BYTES);
-                copy(&from.slice(start..end)?, &op.into.slice(start..end)?)?;
-                start = end;
-            }
-        }
-        Ok(())
+        job.transfers.iter().try_for_each(|(transfer, _)| transfer_own(&regions, job.way, transfer, late))
     });
     copied
         .await
-        .unwrap_or_else(|e| Err(Error::new(ErrorKind::Internal, OPERATION, "the task ended").caused_by(e)))?;
-    if Instant::now() >= deadline {
-        return Err(late());
-    }
+        .unwrap_or_else(|e| Err(Error::new(ErrorKind::Internal, operation, "the task ended").caused_by(e)))?;
+    late()?;
     node.regions.check(&claims)
 }
 
-async fn attempts(
-    node: &Arc<Node>,
-    peer: Peer,
-    ops: &[(ReadOp, Descriptor)],
-    current: &Current,
-) -> Result<()> {
-    let Some((_, descriptor)) = ops.first() else { return Ok(()) };
-    let claims = claims(ops);
-    let mut parts = parts(node, ops).await?;
+async fn attempts(node: &Arc<Node>, peer: Peer, job: &Job, current: &Current) -> Result<()> {
+    let Some((_, descriptor)) = job.transfers.first() else { return Ok(()) };
+    let operation = job.way.operation();
+    let claims = claims(job);
+    let mut parts = parts(node, job).await?;
     let mut last = None;
     for _ in 0..ATTEMPTS {
         let connection = match node.connection(peer, descriptor).await {
@@ -130,7 +119,7 @@ async fn attempts(
             last = Some(error);
             continue;
         }
-        let failures = post(&connection, &parts, current).await;
+        let failures = post(&connection, job.way, &parts, current).await;
         if failures.is_empty() {
             // Bytes of a region that was released meanwhile do not count.
             return connection.check(&claims).await;
@@ -144,25 +133,26 @@ async fn attempts(
         let culprit = failures.iter().find(|failure| failure.error != FLUSHED && !is_flush(failure));
         if let Some(failure) = culprit {
             let lane = connection.lanes.get(failure.lane);
-            let error = describe(failure, lane.map(|lane| &**lane), descriptor);
+            let error = describe(operation, failure, lane.map(|lane| &**lane), descriptor);
             if error.kind() != ErrorKind::PeerLost {
                 return Err(error);
             }
-            tracing::warn!(%error, peer = %peer.0, "a lane failed; its reads are tried elsewhere");
+            tracing::warn!(%error, peer = %peer.0, "a lane failed; its pieces are tried elsewhere");
             if let Some(lane) = lane {
                 node.suspect(peer, (lane.nic.index, lane.remote_nic));
             }
             last = Some(error);
         } else if last.is_none() {
             last = failures.first().map(|failure| {
-                describe(failure, connection.lanes.get(failure.lane).map(|lane| &**lane), descriptor)
+                let lane = connection.lanes.get(failure.lane).map(|lane| &**lane);
+                describe(operation, failure, lane, descriptor)
             });
         }
         let failed: Vec<Part> =
             failures.iter().filter_map(|failure| parts.get(failure.index).cloned()).collect();
         parts = failed;
     }
-    Err(last.unwrap_or_else(|| Error::new(ErrorKind::PeerLost, OPERATION, "every lane to the owner failed")))
+    Err(last.unwrap_or_else(|| Error::new(ErrorKind::PeerLost, operation, "every lane to the owner failed")))
 }
 
 fn is_flush(failure: &Failure) -> bool {
@@ -170,31 +160,32 @@ fn is_flush(failure: &Failure) -> bool {
 }
 
 /// What the owner is asked for each region.
-fn claims(ops: &[(ReadOp, Descriptor)]) -> Vec<Claim> {
+fn claims(job: &Job) -> Vec<Claim> {
     let mut ends: BTreeMap<(u64, u64), u64> = BTreeMap::new();
-    for (op, _) in ops {
-        let end = ends.entry((op.region.generation, op.region.address)).or_default();
-        *end = (*end).max(op.offset + op.into.len_bytes());
+    for (transfer, _) in &job.transfers {
+        let end = ends.entry((transfer.region.generation, transfer.region.address)).or_default();
+        *end = (*end).max(transfer.offset + transfer.memory.len_bytes());
     }
-    ends.into_iter().map(|((generation, address), end)| Claim { generation, address, end }).collect()
+    let write = job.way == Way::Write;
+    ends.into_iter().map(|((generation, address), end)| Claim { generation, address, end, write }).collect()
 }
 
-async fn parts(node: &Arc<Node>, ops: &[(ReadOp, Descriptor)]) -> Result<Vec<Part>> {
+async fn parts(node: &Arc<Node>, job: &Job) -> Result<Vec<Part>> {
     let mut parts = Vec::new();
-    for (op, descriptor) in ops {
-        let len = op.into.len_bytes();
+    for (transfer, descriptor) in &job.transfers {
+        let len = transfer.memory.len_bytes();
         if len == 0 {
             continue;
         }
-        let registered = node.local.get(&node.nics, op.into.buffer()).await?;
+        let registered = node.local.get(&node.nics, transfer.memory.buffer()).await?;
         let keys = Arc::new(descriptor.keys.clone());
         let mut start = 0;
         while start < len {
             let end = len.min(start + PIECE_BYTES);
             parts.push(Part {
-                into: op.into.slice(start..end)?,
+                memory: transfer.memory.slice(start..end)?,
                 registered: registered.clone(),
-                remote_address: op.region.address + op.offset + start,
+                remote_address: transfer.region.address + transfer.offset + start,
                 keys: keys.clone(),
             });
             start = end;
@@ -204,7 +195,7 @@ async fn parts(node: &Arc<Node>, ops: &[(ReadOp, Descriptor)]) -> Result<Vec<Par
 }
 
 /// Puts `parts` on the connection's lanes, and answers those that failed when none is on a device any more.
-async fn post(connection: &Arc<Connection>, parts: &[Part], current: &Current) -> Vec<Failure> {
+async fn post(connection: &Arc<Connection>, way: Way, parts: &[Part], current: &Current) -> Vec<Failure> {
     let lanes = connection.open_lanes();
     if lanes.is_empty() {
         let failed = |index| Failure { index, error: FLUSHED, hca: String::new(), lane: 0 };
@@ -219,7 +210,8 @@ async fn post(connection: &Arc<Connection>, parts: &[Part], current: &Current) -
         pieces.push(Piece {
             batch: batch.clone(),
             index,
-            into: part.into.clone(),
+            way,
+            memory: part.memory.clone(),
             registered: part.registered.clone(),
             remote_address: part.remote_address,
             // A descriptor with too few keys is refused before.
@@ -240,17 +232,22 @@ async fn post(connection: &Arc<Connection>, parts: &[Part], current: &Current) -
     failures
 }
 
-fn describe(failure: &Failure, lane: Option<&Lane>, descriptor: &Descriptor) -> Error {
+fn describe(
+    operation: &'static str,
+    failure: &Failure,
+    lane: Option<&Lane>,
+    descriptor: &Descriptor,
+) -> Error {
     let error = Error::from(failure.error.clone());
     let theirs = lane.and_then(|lane| descriptor.nics.get(lane.remote_nic)).map_or("?", |nic| &nic.hca);
     let what = match error.kind() {
         ErrorKind::PeerLost => "the owner's device does not answer: the link or the owner is down",
         ErrorKind::Aborted => "the queue pair ended before the bytes arrived",
-        _ => "the devices refused the read",
+        _ => "the devices refused the request",
     };
     let kind = if error.kind() == ErrorKind::Aborted { ErrorKind::PeerLost } else { error.kind() };
     let code = error.get(Key::Code).unwrap_or_default().to_owned();
-    let mut named = Error::new(kind, OPERATION, format!("{what} (owner's device {theirs})"))
+    let mut named = Error::new(kind, operation, format!("{what} (owner's device {theirs})"))
         .with(Key::Hca, &failure.hca)
         .with(Key::Code, code);
     if let Some(lane) = lane {
