@@ -40,9 +40,10 @@ pub use output::{Output, Table, format_bytes};
 
 /// Everything that this build can use, in the order in which `auto` tries it. The only place with feature switches.
 ///
-/// Devices: cuda, ascend, host. Transports: cuda, cuda-ipc, nccl, hccl, rdma, ucx, mooncake, local, tcp. Accelerators come before the
-/// host, native transports before portable ones; `local` refuses ranks in other processes, so `tcp` is the last resort
-/// that always works.
+/// Devices: cuda, ascend, host. Transports: cuda, cuda-ipc, nccl, hccl, rdma, mooncake, local, tcp, ucx. Accelerators come
+/// before the host, native transports before portable ones; `local` refuses ranks in other processes, so `tcp` is the last
+/// resort that always works. `ucx` is for those who ask for it: with RDMA hardware `rdma` comes first, and without any
+/// UCX is slower than `tcp`.
 pub fn registry() -> Registry {
     registry_in(&|name| std::env::var(name).ok())
 }
@@ -60,11 +61,6 @@ pub(crate) fn registry_in(env: &dyn Fn(&str) -> Option<String>) -> Registry {
         use ckpt_transport_rdma::{RdmaConfig, RdmaProvider};
         registry.add_transport(RdmaProvider::new(RdmaConfig::from_env(env)));
     }
-    #[cfg(feature = "ucx")]
-    {
-        use ckpt_transport_rdma::{RdmaConfig, UcxProvider};
-        registry.add_transport(UcxProvider::new(RdmaConfig::from_env(env)));
-    }
     #[cfg(feature = "mooncake")]
     {
         use ckpt_transport_mooncake::{MooncakeConfig, MooncakeProvider};
@@ -73,6 +69,11 @@ pub(crate) fn registry_in(env: &dyn Fn(&str) -> Option<String>) -> Registry {
     registry.add_device(HostProvider);
     registry.add_transport(LocalProvider::default());
     registry.add_transport(TcpProvider);
+    #[cfg(feature = "ucx")]
+    {
+        use ckpt_transport_rdma::{RdmaConfig, UcxProvider};
+        registry.add_transport(UcxProvider::new(RdmaConfig::from_env(env)));
+    }
     registry
 }
 
@@ -214,7 +215,7 @@ mod tests {
     fn native_transports_come_first_and_names_are_unique() {
         let registry = registry();
         let names: Vec<_> = registry.transports().map(|t| t.name()).collect();
-        let order = ["cuda", "cuda-ipc", "nccl", "hccl", "rdma", "ucx", "mooncake", "local", "tcp"];
+        let order = ["cuda", "cuda-ipc", "nccl", "hccl", "rdma", "mooncake", "local", "tcp", "ucx"];
         let expected: Vec<_> = order.into_iter().filter(|name| names.contains(name)).collect();
         assert_eq!(names, expected);
         let devices: Vec<_> = registry.devices().map(|d| d.kind()).collect();
