@@ -40,9 +40,10 @@ pub use output::{Output, Table, format_bytes};
 
 /// Everything that this build can use, in the order in which `auto` tries it. The only place with feature switches.
 ///
-/// Devices: cuda, ascend, host. Transports: cuda, cuda-ipc, nccl, hccl, rdma, ucx, mooncake, local, tcp. Accelerators come before the
-/// host, native transports before portable ones; `local` refuses ranks in other processes, so `tcp` is the last resort
-/// that always works.
+/// Devices: cuda, ascend, host. Transports: cuda, cuda-ipc, nccl, hccl, rdma, mooncake, local, tcp, ucx. Accelerators
+/// come before the host, native transports before portable ones; `local` refuses ranks in other processes, so `tcp` is the
+/// last resort that always works. `ucx` stands behind it: its library is on many machines that nobody has set up for it,
+/// so it is used where it is asked for.
 pub fn registry() -> Registry {
     registry_in(&|name| std::env::var(name).ok())
 }
@@ -60,11 +61,6 @@ pub(crate) fn registry_in(env: &dyn Fn(&str) -> Option<String>) -> Registry {
         use ckpt_transport_rdma::{RdmaConfig, RdmaProvider};
         registry.add_transport(RdmaProvider::new(RdmaConfig::from_env(env)));
     }
-    #[cfg(feature = "ucx")]
-    {
-        use ckpt_transport_rdma::{RdmaConfig, UcxProvider};
-        registry.add_transport(UcxProvider::new(RdmaConfig::from_env(env)));
-    }
     #[cfg(feature = "mooncake")]
     {
         use ckpt_transport_mooncake::{MooncakeConfig, MooncakeProvider};
@@ -73,6 +69,11 @@ pub(crate) fn registry_in(env: &dyn Fn(&str) -> Option<String>) -> Registry {
     registry.add_device(HostProvider);
     registry.add_transport(LocalProvider::default());
     registry.add_transport(TcpProvider);
+    #[cfg(feature = "ucx")]
+    {
+        use ckpt_transport_rdma::{RdmaConfig, UcxProvider};
+        registry.add_transport(UcxProvider::new(RdmaConfig::from_env(env)));
+    }
     registry
 }
 
