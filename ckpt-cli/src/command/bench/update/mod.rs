@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use ckpt_core::{Error, ErrorKind, Key};
+use ckpt_core::{Error, ErrorKind, Key, cluster::ClusterEnv};
 use clap::{Args, Parser as _, ValueEnum};
 use tokio::process::{Child, Command};
 
@@ -137,7 +137,7 @@ async fn measure_one(
     let rank = RankLine::try_parse_from(std::iter::once("rank".to_owned()).chain(line))
         .map_err(|error| Error::new(ErrorKind::Internal, OPERATION, error.to_string()))?
         .args;
-    let cluster = ckpt_core::cluster::ClusterEnv::detect(&|name| std::env::var(name).ok())?;
+    let cluster = ClusterEnv::from_process()?;
     let local = cluster.local_rank;
     let mut worker = match args.worker {
         WorkerKind::None => None,
