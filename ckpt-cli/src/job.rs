@@ -2,7 +2,7 @@
 
 use std::{
     net::IpAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -13,8 +13,10 @@ use ckpt_core::{
     control::{self, JobOptions},
     deadlines::Deadlines,
     device::runtime_dir,
+    layer::ChaosConfig,
     plan::PlanLimits,
     server::{OpenOptions, Opened, ParameterServer, open},
+    topology::numa,
     transport::Registry,
 };
 use clap::Args;
@@ -23,7 +25,8 @@ use clap::Args;
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Job")]
 pub(crate) struct JobArgs {
-    /// How bytes reach other ranks: a name, or `auto` for the first that works here
+    /// How bytes reach other ranks: a name, or `auto` for the first that works here; one that only reads (rdma, ucx,
+    /// mooncake) stands for --p2p-transport, and what broadcasts is then chosen
     #[arg(long, default_value = "auto", value_name = "NAME")]
     pub(crate) transport: String,
     /// How P2P updates read other ranks' memory: a name, or `auto` for the same transport if it can and else the first
@@ -54,10 +57,30 @@ pub(crate) struct JobArgs {
     /// Time for a whole update
     #[arg(long, default_value = "300", value_parser = seconds, value_name = "SECONDS")]
     timeout: Duration,
+    /// Faults on the way between the ranks, by seed: for tests
+    #[arg(long, hide = true, value_name = "SEED")]
+    chaos: Option<u64>,
+    /// Keep the device buffer between updates, for engines that have budgeted for it; native workers keep their mapping too
+    #[arg(long)]
+    keep_ring: bool,
+    /// Use all CPUs; else a rank keeps to those of its device's NUMA node, where there are several nodes
+    #[arg(long)]
+    no_numa: bool,
     /// Aim at buckets of this size
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1 << 20), value_name = "MIB")]
     bucket_mib: Option<u64>,
 }
+
+/// Bad enough that most updates of some buckets meet a fault. Wrong bytes are for the digests to find, not for this.
+const CHAOS: ChaosConfig = ChaosConfig {
+    seed: 0,
+    drop_ppm: 40_000,
+    delay_ppm: 200_000,
+    delay: Duration::from_millis(400),
+    corrupt_ppm: 0,
+    cut_ppm: 60_000,
+    spare: 0,
+};
 
 /// A time limit: more than nothing and at most a day.
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -111,9 +134,19 @@ impl Rank {
             reading,
             bind: args.bind,
             connections: usize::from(args.connections),
+            chaos: args.chaos.map(|seed| ChaosConfig { seed, ..CHAOS }),
             limits,
         };
-        let Opened { job, server, transport } = open(options, registry).await?;
+        let Opened { job, mut server, transport } = open(options, registry).await?;
+        server.keep_ring(args.keep_ring);
+        if let Some(node) = server.device().info().numa_node.filter(|_| !args.no_numa) {
+            match numa::bind_process(Path::new(numa::SYSFS), node) {
+                Ok(Some(cpus)) => tracing::info!(node, cpus, "keeps to the NUMA node of its device"),
+                Ok(None) => {}
+                // Only speed is lost.
+                Err(error) => tracing::warn!(%error, node, "cannot keep to the NUMA node of its device"),
+            }
+        }
         Ok(Self {
             job,
             server,

@@ -124,6 +124,7 @@ impl Transport for HcclTransport {
         Capability {
             collective: true,
             one_sided: false,
+            one_sided_write: false,
             across_processes: true,
             across_hosts: true,
             devices: &["ascend"],

@@ -5,14 +5,18 @@ use std::{sync::Arc, time::Duration};
 use ckpt_core::{Error, ErrorKind, Key, Result};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    net::{
+        TcpListener, TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::{Semaphore, broadcast::error::RecvError},
 };
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     node::Node,
     verbs::{Path, Qp},
-    wire::{Answer, End, Request, examine, random, receive, send},
+    wire::{Answer, End, Id, Request, examine, random, receive, send},
 };
 
 /// A stranger must have introduced itself by then.
@@ -35,9 +39,23 @@ pub(crate) fn tune(stream: &TcpStream) -> std::io::Result<()> {
     )
 }
 
-/// Takes readers until the node stops.
-pub(crate) async fn accept(node: Arc<Node>, listener: TcpListener) {
+/// Who may come in.
+pub(crate) struct Door {
+    /// What both sides must know.
+    pub(crate) key: Vec<u8>,
+    /// Names the transport.
+    pub(crate) id: Id,
+    pub(crate) stop: CancellationToken,
+}
+
+/// Takes connections and serves those that know the secret, until the door's token is cancelled.
+pub(crate) async fn accept<F: Future<Output = ()> + Send + 'static>(
+    door: Door,
+    listener: TcpListener,
+    serve: impl Fn(TcpStream) -> F + Clone + Send + 'static,
+) {
     let strangers = Arc::new(Semaphore::new(STRANGERS));
+    let Door { key, id, stop } = door;
     loop {
         // The semaphore is never closed.
         let Ok(permit) = strangers.clone().acquire_owned().await else { return };
@@ -50,12 +68,11 @@ pub(crate) async fn accept(node: Arc<Node>, listener: TcpListener) {
                 continue;
             }
         };
-        let (node, stop) = (node.clone(), node.stop.clone());
-        tokio::spawn(stop.run_until_cancelled_owned(async move {
-            let key = node.key(&node.secret);
+        let (key, serve) = (key.clone(), serve.clone());
+        tokio::spawn(stop.clone().run_until_cancelled_owned(async move {
             let introduced = async {
                 tune(&stream).map_err(crate::wire::broken)?;
-                examine(&mut stream, &key, &node.id).await
+                examine(&mut stream, &key, &id).await
             };
             match tokio::time::timeout(HELLO_TIME, introduced).await {
                 Ok(Ok(())) => {}
@@ -63,21 +80,46 @@ pub(crate) async fn accept(node: Arc<Node>, listener: TcpListener) {
                 Err(_) => return tracing::debug!("a connection did not introduce itself in time"),
             }
             drop(permit);
-            if let Err(error) = serve(&node, &mut stream).await {
-                tracing::debug!(%error, "a reader left");
-            }
+            serve(stream).await;
         }));
     }
 }
 
-/// Answers one reader until it leaves; then its queue pairs go.
-async fn serve(node: &Arc<Node>, stream: &mut TcpStream) -> Result<()> {
+/// Answers one peer until it leaves; then its queue pairs go.
+pub(crate) async fn serve(node: Arc<Node>, stream: TcpStream) {
+    let (mut reader, writer) = stream.into_split();
+    let writer = tokio::sync::Mutex::new(writer);
+    let mut releases = node.regions.releases();
+    let tell = async {
+        loop {
+            let released = match releases.recv().await {
+                Ok(generation) => Some(generation),
+                Err(RecvError::Lagged(_)) => None,
+                Err(RecvError::Closed) => return Ok(()),
+            };
+            send(&mut *writer.lock().await, &Answer::Released(released)).await?;
+        }
+    };
+    let ended = tokio::select! {
+        ended = answer(&node, &mut reader, &writer) => ended,
+        ended = tell => ended,
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a peer left");
+    }
+}
+
+async fn answer(
+    node: &Arc<Node>,
+    reader: &mut OwnedReadHalf,
+    writer: &tokio::sync::Mutex<OwnedWriteHalf>,
+) -> Result<()> {
     let mut held: Vec<Qp> = Vec::new();
     loop {
-        match receive::<Request>(stream).await? {
+        match receive::<Request>(reader).await? {
             Request::Check(number, claims) => {
                 let outcome = node.regions.check(&claims);
-                send(stream, &Answer::Checked(number, outcome)).await?;
+                send(&mut *writer.lock().await, &Answer::Checked(number, outcome)).await?;
             }
             Request::Connect(ends) => {
                 if ends.len() + held.len() > LANES_LIMIT {
@@ -96,7 +138,7 @@ async fn serve(node: &Arc<Node>, stream: &mut TcpStream) -> Result<()> {
                         end
                     }));
                 }
-                send(stream, &Answer::Connected(answers)).await?;
+                send(&mut *writer.lock().await, &Answer::Connected(answers)).await?;
             }
         }
     }

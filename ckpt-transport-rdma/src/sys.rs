@@ -247,12 +247,14 @@ pub(crate) struct AsyncEvent {
 }
 
 pub(crate) const ACCESS_LOCAL_WRITE: c_int = 1;
+pub(crate) const ACCESS_REMOTE_WRITE: c_int = 1 << 1;
 pub(crate) const ACCESS_REMOTE_READ: c_int = 1 << 2;
 pub(crate) const QPT_RC: c_uint = 2;
 pub(crate) const QPS_INIT: c_uint = 1;
 pub(crate) const QPS_RTR: c_uint = 2;
 pub(crate) const QPS_RTS: c_uint = 3;
 pub(crate) const QPS_ERR: c_uint = 6;
+pub(crate) const WR_RDMA_WRITE: c_uint = 0;
 pub(crate) const WR_RDMA_READ: c_uint = 4;
 pub(crate) const SEND_SIGNALED: c_uint = 2;
 pub(crate) const PORT_ACTIVE: c_uint = 4;
@@ -307,6 +309,8 @@ pub(crate) struct Symbols {
     pub(crate) destroy_qp: unsafe extern "C" fn(*mut Qp) -> c_int,
     pub(crate) get_async_event: unsafe extern "C" fn(*mut Context, *mut AsyncEvent) -> c_int,
     pub(crate) ack_async_event: unsafe extern "C" fn(*mut AsyncEvent),
+    /// Of rdma-core 34 and newer.
+    pub(crate) reg_dmabuf_mr: Option<unsafe extern "C" fn(*mut Pd, u64, usize, u64, c_int, c_int) -> *mut Mr>,
 }
 
 macro_rules! layout {

@@ -9,7 +9,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use crate::{memory::Claim, nic::NicAddress};
 
 /// The first bytes of every connection; the last one is the protocol's version.
-const MAGIC: [u8; 8] = *b"ckptrdm\x01";
+const MAGIC: [u8; 8] = *b"ckptrdm\x02";
 /// No frame is longer.
 const FRAME_LIMIT: usize = 1 << 20;
 
@@ -57,6 +57,8 @@ pub(crate) enum Answer {
     Connected(Vec<Result<End, Error>>),
     /// To the check of that number.
     Checked(u32, Result<(), Error>),
+    /// Unasked: this region is released; all must be asked for again if there is no number.
+    Released(Option<u64>),
 }
 
 pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {

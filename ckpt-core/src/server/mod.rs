@@ -11,6 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use tracing::Instrument as _;
 
 use self::metas::Known;
 pub use self::{
@@ -31,6 +32,7 @@ use crate::{
     update::{
         EngineCall, Outcome,
         driver::{Attempt, Ended, Group, drive, no_broadcasts},
+        kept::KeptRing,
         trace::Trace,
     },
 };
@@ -106,6 +108,8 @@ pub struct ParameterServer {
     locations: BTreeMap<Rank, Location>,
     /// Communicators for the next updates, the last used first.
     groups: Vec<Group>,
+    keep_ring: bool,
+    kept_ring: Option<Arc<KeptRing>>,
     /// Rings that a worker may still have mapped after a failure.
     quarantine: Vec<Arc<dyn Ring>>,
     gathers: u64,
@@ -132,6 +136,8 @@ impl ParameterServer {
             layouts: LayoutCache::default(),
             locations: BTreeMap::new(),
             groups: Vec::new(),
+            keep_ring: false,
+            kept_ring: None,
             quarantine: Vec::new(),
             gathers: 0,
         }
@@ -181,6 +187,13 @@ impl ParameterServer {
     /// Sets the time limits of the calls that follow. The hub keeps its own for joining and silence.
     pub fn set_deadlines(&mut self, deadlines: Deadlines) {
         self.deadlines = deadlines;
+    }
+
+    /// Whether the ring stays in device memory between updates, for engines that have budgeted for it; at first it does
+    /// not. Native workers then keep their mapping too. `false` frees it at once.
+    pub fn keep_ring(&mut self, keep: bool) {
+        self.keep_ring = keep;
+        self.kept_ring = self.kept_ring.take().filter(|_| keep);
     }
 
     /// Holds `checkpoint` under `name`; a name that is taken is an error.
@@ -235,7 +248,17 @@ impl ParameterServer {
     /// Collective over `request.ranks`: moves the checkpoint into every member's worker, or into none.
     ///
     /// `request.ranks` also says how: see [`UpdateRequest::ranks`].
-    pub async fn update(&mut self, mut request: UpdateRequest) -> Result<UpdateReport> {
+    pub async fn update(&mut self, request: UpdateRequest) -> Result<UpdateReport> {
+        let span = tracing::info_span!(
+            "update",
+            rank = self.rank,
+            checkpoint = request.checkpoint,
+            version = request.version.0,
+        );
+        self.attempt_update(request).instrument(span).await
+    }
+
+    async fn attempt_update(&mut self, mut request: UpdateRequest) -> Result<UpdateReport> {
         let operation = "update weights";
         let known = self.known(&request.checkpoint)?;
         let pull = self.pull(&known, !request.ranks.is_empty())?;
@@ -275,7 +298,8 @@ impl ParameterServer {
             ranks: request.ranks.clone(),
             device_uuid: self.device.info().uuid.clone(),
             endpoint: request.sink.as_ref().map(|s| s.endpoint().to_owned()),
-            free_bytes: self.device.free_memory_bytes()?,
+            free_bytes: self.device.free_memory_bytes()?
+                + self.kept_ring.as_ref().map_or(0, |kept| kept.len_bytes()),
             communicator: group.as_ref().map(|g| g.epoch),
             token,
         }))?;
@@ -292,15 +316,18 @@ impl ParameterServer {
             sink: request.sink,
             engine: request.engine,
             group,
+            keep_ring: self.keep_ring,
+            kept_ring: self.kept_ring.take(),
             quarantine: std::mem::take(&mut self.quarantine),
             trace: trace.clone(),
         };
-        let Ended { outcome, epoch, plan, group, quarantine } =
+        let Ended { outcome, epoch, plan, group, kept_ring, quarantine } =
             drive(attempt, self.session.clone(), updates).await;
         if let Some(group) = group {
             // An update of all ranks and one of some alternate without building anything anew.
             self.keep(group);
         }
+        self.kept_ring = kept_ring;
         self.quarantine = quarantine;
         match outcome {
             Outcome::Committed { failure: None } => Ok(UpdateReport::new(

@@ -10,6 +10,7 @@ use crate::{
     control::{Job, JobOptions, Token},
     device::DeviceConfig,
     error::{Error, ErrorKind, Key, Result},
+    layer::{Chaos, ChaosConfig},
     plan::PlanLimits,
     transport::{AUTO, Registry, Requirement, Transport, TransportConfig},
 };
@@ -40,6 +41,8 @@ pub struct OpenOptions {
     pub bind: Option<IpAddr>,
     /// Connections between two ranks, for transports that stripe.
     pub connections: usize,
+    /// Faults that the transport is to have, for tests; every rank gets a seed of its own.
+    pub chaos: Option<ChaosConfig>,
     /// The memory limits.
     pub limits: PlanLimits,
 }
@@ -56,7 +59,7 @@ pub struct Opened {
 
 /// Joins the job and opens what the options name. Needs a tokio runtime.
 pub async fn open(options: OpenOptions, registry: &Registry) -> Result<Opened> {
-    let OpenOptions { job, device, transport, reader, reading, bind, connections, limits } = options;
+    let OpenOptions { job, device, transport, reader, reading, bind, connections, chaos, limits } = options;
     let (cluster, deadlines, runtime_dir) = (job.cluster.clone(), job.deadlines, job.runtime_dir.clone());
     let device_config =
         DeviceConfig { rank: cluster.rank, local_rank: cluster.local_rank, runtime_dir: runtime_dir.clone() };
@@ -75,15 +78,34 @@ pub async fn open(options: OpenOptions, registry: &Registry) -> Result<Opened> {
         across_processes: cluster.world_size > 1,
         across_hosts: !cluster.is_single_host(),
     };
-    let transport = registry.open_transport(&transport, &config, required)?;
+    let (transport, reader) = names(&transport, &reader, registry)?;
+    let mut transport = registry.open_transport(transport, &config, required)?;
+    if let Some(chaos) = chaos {
+        let seed = chaos.seed ^ u64::from(cluster.rank) << 32;
+        transport = Chaos::wrap(transport, ChaosConfig { seed, ..chaos });
+    }
     let name = transport.name();
     let reader =
-        open_reader(&reader, reading, transport.clone(), config, !cluster.is_single_host(), registry)?;
+        open_reader(reader, reading, transport.clone(), config, !cluster.is_single_host(), registry)?;
     tracing::info!(rank = cluster.rank, transport = name, device = device.kind(), "joined the job");
     let session = job.session.clone();
     let server = ParameterServer::new(ServerConfig { session, device, transport, deadlines, limits })
         .with_reader(reader);
     Ok(Opened { job, server, transport: name })
+}
+
+/// The names of what broadcasts and of what reads.
+fn names<'a>(transport: &'a str, reader: &'a str, registry: &Registry) -> Result<(&'a str, &'a str)> {
+    if transport == AUTO || registry.transport(transport)?.broadcasts() {
+        return Ok((transport, reader));
+    }
+    if reader == AUTO || reader == transport {
+        return Ok((AUTO, transport));
+    }
+    let what = format!(
+        "transport `{transport}` only reads, and --p2p-transport says that `{reader}` does; give one of the two"
+    );
+    Err(Error::new(ErrorKind::ConfigInvalid, "choose a backend", what))
 }
 
 fn open_reader(

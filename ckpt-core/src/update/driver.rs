@@ -14,6 +14,7 @@ use tokio::{
 use super::{
     Action, Event, MachineConfig, Outcome, UpdateMachine,
     device_lane::{DeviceLane, DeviceWork},
+    kept::KeptRing,
     pull::{Pull, Puller},
     trace::{Stage, Trace},
     worker_lane::{Call, WorkerLane},
@@ -69,6 +70,10 @@ pub(crate) struct Attempt {
     pub(crate) sink: Option<Box<dyn WeightSink>>,
     pub(crate) engine: Option<EngineCall>,
     pub(crate) group: Option<Group>,
+    /// Keep the ring for the next update.
+    pub(crate) keep_ring: bool,
+    /// The last update's.
+    pub(crate) kept_ring: Option<Arc<KeptRing>>,
     /// Rings of failed updates that a worker may still have mapped.
     pub(crate) quarantine: Vec<Arc<dyn Ring>>,
     pub(crate) trace: Trace,
@@ -81,6 +86,8 @@ pub(crate) struct Ended {
     pub(crate) plan: Option<Arc<UpdatePlan>>,
     /// For the next update, if all went well.
     pub(crate) group: Option<Group>,
+    /// The same.
+    pub(crate) kept_ring: Option<Arc<KeptRing>>,
     /// Rings that a worker may still have mapped.
     pub(crate) quarantine: Vec<Arc<dyn Ring>>,
 }
@@ -111,6 +118,7 @@ impl Drop for Cancelled {
 struct Prepared {
     plan: Arc<UpdatePlan>,
     ring: Arc<dyn Ring>,
+    kept_ring: Option<Arc<KeptRing>>,
     /// On a rank that pulls.
     puller: Option<Puller>,
     group: Option<Group>,
@@ -300,6 +308,7 @@ impl Driver {
         let limits = self.attempt.limits.clone();
         let manifest = self.attempt.manifest.clone();
         let group = self.attempt.group.take();
+        let (keep_ring, kept_ring) = (self.attempt.keep_ring, self.attempt.kept_ring.take());
         let rank = self.attempt.rank;
         let pull = self.attempt.pull.clone();
         let method = match &pull {
@@ -321,17 +330,24 @@ impl Driver {
                     limits,
                     method,
                 })?;
-                let ring = device.allocate_ring(plan.ring_bytes.max(SMALLEST_RING))?;
+                let ring_bytes = plan.ring_bytes.max(SMALLEST_RING);
+                let (ring, kept_ring): (Arc<dyn Ring>, _) = if keep_ring {
+                    let kept = KeptRing::take(kept_ring, &*device, ring_bytes)?;
+                    (kept.clone(), Some(kept))
+                } else {
+                    drop(kept_ring);
+                    (device.allocate_ring(ring_bytes)?, None)
+                };
                 let puller = pull.map(|pull| pull.puller(&plan, rank, &*ring)).transpose()?.flatten();
-                Ok((Arc::new(plan), ring, puller))
+                Ok((Arc::new(plan), ring, kept_ring, puller))
             });
             let group = connect(&*transport, rank, ranks, epoch, choice, group, deadline);
             let (plan_and_ring, group) = tokio::join!(plan_and_ring, group);
-            let (plan, ring, puller) = plan_and_ring.map_err(|e| {
+            let (plan, ring, kept_ring, puller) = plan_and_ring.map_err(|e| {
                 Error::new(ErrorKind::Internal, "plan an update", "the planner panicked").caused_by(e)
             })??;
             trace.end(Stage::Prepare, None, start);
-            Ok(Prepared { plan, ring, puller, group: group? })
+            Ok(Prepared { plan, ring, kept_ring, puller, group: group? })
         }));
     }
 
@@ -343,7 +359,8 @@ impl Driver {
     }
 
     fn start_device_lane(&mut self, prepared: Prepared) -> Result<Event> {
-        let Prepared { plan, ring, puller, group } = prepared;
+        let Prepared { plan, ring, kept_ring, puller, group } = prepared;
+        self.attempt.kept_ring = kept_ring;
         self.group_head = group.as_ref().map(|g| (g.epoch, g.members.clone()));
         let work = DeviceWork {
             rank: self.attempt.rank,
@@ -445,11 +462,12 @@ impl Driver {
         }
         // After a failure all members start afresh, so that none is left with a communicator that others lack.
         let group = self.attempt.group.take().filter(|_| well);
+        let kept_ring = self.attempt.kept_ring.take().filter(|_| well);
         let mut quarantine = std::mem::take(&mut self.attempt.quarantine);
         if let Some(let_go) = let_go.filter(|q| !q.worker_let_go) {
             quarantine.extend(let_go.ring.or_else(|| self.ring.take()));
         }
-        Ended { outcome, epoch: self.epoch, plan: self.plan, group, quarantine }
+        Ended { outcome, epoch: self.epoch, plan: self.plan, group, kept_ring, quarantine }
     }
 
     /// After the last bucket: takes the communicator out of the lane, for the next update.

@@ -15,6 +15,7 @@ mod socket;
 #[cfg(test)]
 mod tests;
 pub(crate) mod wire;
+mod write;
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
@@ -78,6 +79,7 @@ impl Transport for TcpTransport {
         Capability {
             collective: true,
             one_sided: true,
+            one_sided_write: true,
             across_processes: true,
             across_hosts: !self.node.listens.ip().is_loopback(),
             devices: &["host"],

@@ -68,6 +68,8 @@ pub(crate) enum Purpose {
     Control,
     /// Asks for ranges of registered memory.
     Read,
+    /// Brings bytes for ranges of registered memory.
+    Write,
 }
 
 /// The dialler's first words.
@@ -249,16 +251,16 @@ impl StripeHeader {
     }
 }
 
-/// Asks for a range of registered memory.
+/// Asks for a range of registered memory, or stands before the bytes for one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct ReadRequest {
+pub(super) struct RangeRequest {
     pub(super) generation: u64,
     pub(super) address: u64,
     pub(super) offset: u64,
     pub(super) len_bytes: u64,
 }
 
-impl ReadRequest {
+impl RangeRequest {
     pub(super) const BYTES: usize = 32;
 
     pub(super) fn encode(self) -> [u8; Self::BYTES] {
@@ -303,12 +305,12 @@ mod tests {
         let golden = *b"ckstripe\x01\0\0\0\0\0\0\0\x02\0\0\0\x03\0\0\0\x04\0\0\0\0\0\0\0";
         assert_eq!(header.encode(), golden);
 
-        let request = ReadRequest { generation: 1, address: 2, offset: 3, len_bytes: u64::MAX };
+        let request = RangeRequest { generation: 1, address: 2, offset: 3, len_bytes: u64::MAX };
         let mut golden = [0; 32];
         (golden[0], golden[8], golden[16]) = (1, 2, 3);
         golden[24..].fill(255);
         assert_eq!(request.encode(), golden);
-        assert_eq!(ReadRequest::decode(&golden), request);
+        assert_eq!(RangeRequest::decode(&golden), request);
 
         let hello =
             Hello { id: [1; 16], rank: 2, world_size: 3, epoch: 300, purpose: Purpose::Lane { lane: 1 } };
