@@ -3,12 +3,14 @@
 mod bench;
 mod demo;
 mod doctor;
+mod http_get;
 mod instance;
 mod join;
 mod launch;
 mod metas_file;
 mod serve;
 mod update;
+mod verify;
 pub(crate) mod worker;
 
 use std::process::ExitCode;
@@ -41,4 +43,5 @@ commands! {
     Doctor(doctor::DoctorArgs),
     Launch(launch::LaunchArgs),
     Worker(worker::WorkerArgs),
+    Verify(verify::VerifyArgs),
 }

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use reqwest::StatusCode;
 use serde_json::json;
 
-use super::{Engine, EngineAddress, EngineRequest, client::EngineClient};
+use super::{Engine, EngineAddress, EngineRequest, PauseMode, client::EngineClient};
 use crate::error::{ErrorKind, Result};
 
 const OPERATION: &str = "update vLLM";
@@ -57,5 +57,29 @@ impl Engine for VllmEngine {
             )),
             _ => Err(self.client.refused(OPERATION, &reply)),
         }
+    }
+
+    async fn pause(&self, mode: PauseMode, deadline: Instant) -> Result<bool> {
+        let mut url = self.client.address().join("/pause");
+        url.set_query(Some(&format!("mode={}", mode.name())));
+        let reply = self.client.post("pause vLLM", url, &json!({}), deadline).await?;
+        match reply.status {
+            status if status.is_success() => Ok(true),
+            StatusCode::NOT_FOUND => Ok(false),
+            _ => Err(self.client.refused("pause vLLM", &reply)),
+        }
+    }
+
+    async fn resume(&self, deadline: Instant) -> Result<()> {
+        // What stands in the cache was computed from the old weights.
+        let mut url = self.client.address().join("/reset_prefix_cache");
+        url.set_query(Some("reset_running_requests=true"));
+        let reset = self.client.post("reset vLLM's cache", url, &json!({}), deadline).await?;
+        if !reset.status.is_success() && reset.status != StatusCode::NOT_FOUND {
+            return Err(self.client.refused("reset vLLM's cache", &reset));
+        }
+        let url = self.client.address().join("/resume");
+        let reply = self.client.post("resume vLLM", url, &json!({}), deadline).await?;
+        if reply.status.is_success() { Ok(()) } else { Err(self.client.refused("resume vLLM", &reply)) }
     }
 }
