@@ -11,13 +11,14 @@ pub(crate) use ckpt_core::server::{Reading, address_towards};
 use ckpt_core::{
     Error, ErrorKind,
     control::{self, JobOptions},
-    deadlines::Deadlines,
     device::runtime_dir,
     plan::PlanLimits,
     server::{OpenOptions, Opened, ParameterServer, open},
     transport::Registry,
 };
 use clap::Args;
+
+use crate::deadlines::DeadlineArgs;
 
 /// Options of every command that is a rank of a job
 #[derive(Args, Clone, Debug)]
@@ -42,26 +43,11 @@ pub(crate) struct JobArgs {
     /// Connections between two ranks, for transports that stripe
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64), value_name = "N")]
     connections: u8,
-    /// Time for all ranks to come
-    #[arg(long, default_value = "60", value_parser = seconds, value_name = "SECONDS")]
-    join_timeout: Duration,
-    /// Time for one bucket
-    #[arg(long, default_value = "30", value_parser = seconds, value_name = "SECONDS")]
-    bucket_timeout: Duration,
-    /// Time for a whole update
-    #[arg(long, default_value = "300", value_parser = seconds, value_name = "SECONDS")]
-    timeout: Duration,
     /// Aim at buckets of this size
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1 << 20), value_name = "MIB")]
     bucket_mib: Option<u64>,
-}
-
-/// A time limit: more than nothing and at most a day.
-fn seconds(text: &str) -> Result<Duration, String> {
-    match text.parse::<f64>() {
-        Ok(seconds) if seconds > 0.0 && seconds <= 86_400.0 => Ok(Duration::from_secs_f64(seconds)),
-        _ => Err("write seconds above 0 and at most 86400".to_owned()),
-    }
+    #[command(flatten)]
+    deadlines: DeadlineArgs,
 }
 
 /// A rank that has joined its job.
@@ -88,13 +74,7 @@ impl Rank {
         reading: Reading,
     ) -> anyhow::Result<Self> {
         let env = |name: &str| std::env::var(name).ok();
-        let deadlines = Deadlines {
-            join: args.join_timeout,
-            bucket: args.bucket_timeout,
-            total: args.timeout,
-            ready: args.timeout,
-            ..Deadlines::default()
-        };
+        let deadlines = args.deadlines.deadlines();
         let mut limits = PlanLimits::from_env(&env).map_err(Error::from)?;
         if let Some(mib) = args.bucket_mib {
             limits.target_bucket_bytes = mib << 20;
@@ -116,8 +96,8 @@ impl Rank {
             server,
             transport,
             runtime_dir,
-            join: args.join_timeout,
-            total: args.timeout,
+            join: deadlines.join,
+            total: deadlines.total,
             gathers: 0,
         })
     }

@@ -8,6 +8,7 @@
 mod command;
 #[cfg(feature = "nccl")]
 mod cuda_worker;
+mod deadlines;
 mod exit;
 mod failure;
 mod job;
@@ -15,6 +16,7 @@ mod leave;
 mod listen;
 mod logging;
 mod output;
+mod policy;
 mod progress;
 
 use std::{

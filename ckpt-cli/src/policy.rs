@@ -70,6 +70,15 @@ impl Verify {
         (self != Self::None).then(DigestAlgorithm::default)
     }
 
+    /// As on the command line.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Pulls => "pulls",
+            Self::All => "all",
+        }
+    }
+
     /// Native workers are told what to find.
     pub(crate) fn checks_workers(self) -> bool {
         self == Self::All
@@ -147,7 +156,8 @@ mod tests {
 
     #[test]
     fn only_the_ranks_of_a_dead_engine_stay_behind() {
-        let dead = |kind| Error::new(kind, "deliver a bucket", "it closed its link").with(Key::Worker, "GPU-1");
+        let dead =
+            |kind| Error::new(kind, "deliver a bucket", "it closed its link").with(Key::Worker, "GPU-1");
         let of_rank_3 = dead(ErrorKind::PeerLost).with(Key::Rank, 3);
         assert!(is_gone(&of_rank_3, &[2, 3]));
         assert!(!is_gone(&of_rank_3, &[0, 1]));

@@ -11,7 +11,8 @@ const TIME: Duration = Duration::from_secs(300);
 pub(crate) async fn get(source: &str, path: &str, operation: &'static str) -> Result<Vec<u8>> {
     let fail = |kind, message: String| Error::new(kind, operation, message).with(Key::Endpoint, source);
     let unreachable = |e: reqwest::Error| {
-        fail(ErrorKind::Unavailable, "it does not answer; is it running?".to_owned()).caused_by(e.without_url())
+        fail(ErrorKind::Unavailable, "it does not answer; is it running?".to_owned())
+            .caused_by(e.without_url())
     };
     let builder = reqwest::Client::builder().timeout(TIME).no_proxy();
     let (builder, url) = match source.strip_prefix("unix:") {

@@ -40,7 +40,8 @@ pub(crate) struct VerifyArgs {
 
 fn algorithm(name: &str) -> Result<DigestAlgorithm, String> {
     let names = || DigestAlgorithm::ALL.map(DigestAlgorithm::name).join(", ");
-    DigestAlgorithm::from_name(name).ok_or_else(|| format!("there is no digest {name}; use one of {}", names()))
+    DigestAlgorithm::from_name(name)
+        .ok_or_else(|| format!("there is no digest {name}; use one of {}", names()))
 }
 
 /// One tensor as an engine or a checkpoint has it.
@@ -149,11 +150,8 @@ fn of_checkpoint(path: &std::path::Path, algorithm: DigestAlgorithm) -> ckpt_cor
 }
 
 fn compare(reference: &Side, side: &Side) -> Vec<Difference> {
-    let differs = |tensor: &str, what| Difference {
-        engine: side.name.clone(),
-        tensor: tensor.to_owned(),
-        what,
-    };
+    let differs =
+        |tensor: &str, what| Difference { engine: side.name.clone(), tensor: tensor.to_owned(), what };
     let mut all = Vec::new();
     for (name, expected) in &reference.tensors {
         match side.tensors.get(name) {
@@ -177,7 +175,9 @@ fn print(report: &Report, context: &Context) {
     }
     if report.differences.is_empty() {
         let Report { against, algorithm, engines, tensors, .. } = report;
-        context.output.line(format!("{engines} engines hold the {tensors} tensors of {against} ({algorithm})"));
+        context
+            .output
+            .line(format!("{engines} engines hold the {tensors} tensors of {against} ({algorithm})"));
     } else {
         context.output.table(&table);
     }
@@ -200,7 +200,9 @@ mod tests {
     #[test]
     fn each_difference_is_told_once() {
         let reference = side(&[("a", "BF16", 1), ("b", "BF16", 2), ("c", "F32", 3)]);
-        assert!(compare(&reference, &side(&[("a", "BF16", 1), ("b", "BF16", 2), ("c", "F32", 3)])).is_empty());
+        assert!(
+            compare(&reference, &side(&[("a", "BF16", 1), ("b", "BF16", 2), ("c", "F32", 3)])).is_empty()
+        );
         let found = compare(&reference, &side(&[("a", "BF16", 9), ("c", "F16", 3), ("d", "F32", 4)]));
         let found: Vec<_> = found.iter().map(|d| (&*d.tensor, d.what)).collect();
         assert_eq!(

@@ -17,7 +17,7 @@ use tokio::process::{Child, Command};
 
 pub(crate) use self::rank::{RankArgs, run_rank};
 use self::{report::Report, shape::Shape};
-use crate::Context;
+use crate::{Context, policy::Verify};
 
 const OPERATION: &str = "run the benchmark";
 /// For the workers to end after their standard input was closed.
@@ -64,6 +64,10 @@ pub(crate) struct BenchUpdateArgs {
     /// Aim at buckets of this size
     #[arg(long, value_name = "MIB")]
     bucket_mib: Option<u64>,
+    /// Which bytes are compared with digests: nothing, pulls (digests are made when the weights are loaded), or also what
+    /// native workers are handed
+    #[arg(long, value_enum, default_value_t = Verify::None, value_name = "WHICH")]
+    verify: Verify,
     /// Write every stage of every bucket to FILE, for chrome://tracing or Perfetto
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -199,6 +203,7 @@ async fn run_ranks(args: &BenchUpdateArgs, scratch: &Path) -> anyhow::Result<Rep
     command.args(["--shape", &args.shape.to_string(), "--iterations", &args.iterations.to_string()]);
     command.args(["--floor-iterations", &args.floor_iterations.to_string()]);
     command.args(["--device", &args.device, "--transport", &args.transport]);
+    command.args(["--verify", args.verify.name()]);
     command.args(["--timeout", &args.timeout.to_string()]);
     if let Some(mib) = args.bucket_mib {
         command.args(["--bucket-mib", &mib.to_string()]);
