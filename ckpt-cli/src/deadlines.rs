@@ -12,9 +12,9 @@ pub(crate) struct DeadlineArgs {
     /// For all ranks to come
     #[arg(long, default_value = "60", value_parser = seconds, value_name = "SECONDS")]
     join_timeout: Duration,
-    /// For the engine to be ready and its workers to map their rings; `--timeout` without it
-    #[arg(long, value_parser = seconds, value_name = "SECONDS")]
-    ready_timeout: Option<Duration>,
+    /// For the engine, its worker and the way to the other ranks to be ready; the whole update's, if that is less
+    #[arg(long, default_value = "300", value_parser = seconds, value_name = "SECONDS")]
+    ready_timeout: Duration,
     /// For one bucket
     #[arg(long, default_value = "30", value_parser = seconds, value_name = "SECONDS")]
     bucket_timeout: Duration,
@@ -37,7 +37,7 @@ impl DeadlineArgs {
     pub(crate) fn deadlines(&self) -> Deadlines {
         Deadlines {
             join: self.join_timeout,
-            ready: self.ready_timeout.unwrap_or(self.timeout),
+            ready: self.ready_timeout.min(self.timeout),
             bucket: self.bucket_timeout,
             release: self.release_timeout,
             total: self.timeout,

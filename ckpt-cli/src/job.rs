@@ -24,7 +24,8 @@ use crate::deadlines::DeadlineArgs;
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Job")]
 pub(crate) struct JobArgs {
-    /// How bytes reach other ranks: a name, or `auto` for the first that works here
+    /// How bytes reach other ranks: a name, or `auto` for the first that works here; one that only reads (rdma, ucx,
+    /// mooncake) stands for --p2p-transport, and what broadcasts is then chosen
     #[arg(long, default_value = "auto", value_name = "NAME")]
     pub(crate) transport: String,
     /// How P2P updates read other ranks' memory: a name, or `auto` for the same transport if it can and else the first

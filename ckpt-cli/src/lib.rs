@@ -5,6 +5,8 @@
 //! - a failure is one line, `error: ...`, and with `--json` also `{"error":{"kind","operation","message","context"}}`;
 //! - exit codes are those of [`Exit`].
 
+#[cfg(feature = "hccl")]
+mod ascend_worker;
 mod command;
 #[cfg(feature = "nccl")]
 mod cuda_worker;
@@ -15,7 +17,9 @@ mod job;
 mod leave;
 mod listen;
 mod logging;
+mod machine;
 mod output;
+mod picture;
 mod policy;
 mod progress;
 
@@ -42,31 +46,31 @@ pub use output::{Output, Table, format_bytes};
 /// host, native transports before portable ones; `local` refuses ranks in other processes, so `tcp` is the last resort
 /// that always works.
 pub fn registry() -> Registry {
-    #[allow(unused_variables, reason = "only native backends have variables, and a build may have none")]
-    let env = |name: &str| std::env::var(name).ok();
+    registry_in(&|name| std::env::var(name).ok())
+}
+
+/// The same with other environment variables for the transports.
+#[allow(unused_variables, reason = "only native backends have variables, and a build may have none")]
+pub(crate) fn registry_in(env: &dyn Fn(&str) -> Option<String>) -> Registry {
     let mut registry = Registry::default();
     #[cfg(feature = "nccl")]
     ckpt_transport_nccl::register(&mut registry);
     #[cfg(feature = "hccl")]
-    {
-        use ckpt_transport_hccl::{AscendProvider, HcclConfig, HcclProvider};
-        registry.add_device(AscendProvider::new(HcclConfig::from_env(&env)));
-        registry.add_transport(HcclProvider::new(HcclConfig::from_env(&env)));
-    }
+    ckpt_transport_hccl::register(&mut registry, env);
     #[cfg(feature = "rdma")]
     {
         use ckpt_transport_rdma::{RdmaConfig, RdmaProvider};
-        registry.add_transport(RdmaProvider::new(RdmaConfig::from_env(&env)));
+        registry.add_transport(RdmaProvider::new(RdmaConfig::from_env(env)));
     }
     #[cfg(feature = "ucx")]
     {
         use ckpt_transport_rdma::{RdmaConfig, UcxProvider};
-        registry.add_transport(UcxProvider::new(RdmaConfig::from_env(&env)));
+        registry.add_transport(UcxProvider::new(RdmaConfig::from_env(env)));
     }
     #[cfg(feature = "mooncake")]
     {
         use ckpt_transport_mooncake::{MooncakeConfig, MooncakeProvider};
-        registry.add_transport(MooncakeProvider::new(MooncakeConfig::from_env(&env)));
+        registry.add_transport(MooncakeProvider::new(MooncakeConfig::from_env(env)));
     }
     registry.add_device(HostProvider);
     registry.add_transport(LocalProvider::default());
@@ -79,8 +83,23 @@ pub(crate) fn worker_devices() -> Vec<Box<dyn WorkerDevice>> {
     vec![
         #[cfg(feature = "nccl")]
         Box::<cuda_worker::CudaWorker>::default(),
+        #[cfg(feature = "hccl")]
+        Box::new(ascend_worker::AscendWorker::new(&|name| std::env::var(name).ok())),
         Box::new(HostWorker),
     ]
+}
+
+/// What `ckpt doctor` says about the surroundings of devices: a name, whether it is as it must be, and the details.
+pub(crate) fn device_checks() -> Vec<(&'static str, bool, String)> {
+    #[allow(unused_mut, reason = "a build may have no such device")]
+    let mut checks = Vec::new();
+    #[cfg(feature = "hccl")]
+    checks.extend(
+        ckpt_transport_hccl::check::look(&|name| std::env::var(name).ok())
+            .into_iter()
+            .map(|finding| (finding.name, finding.good, finding.detail)),
+    );
+    checks
 }
 
 /// The cargo features that this build has.
@@ -125,6 +144,11 @@ struct Cli {
     logging: logging::LoggingArgs,
     #[command(subcommand)]
     command: command::Command,
+}
+
+/// The command line as clap knows it, for completions and manual pages.
+pub(crate) fn command_line() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
 }
 
 /// The whole program: what the `ckpt` binary does with the process's own arguments.

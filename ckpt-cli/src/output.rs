@@ -85,6 +85,14 @@ impl Table {
         }
     }
 
+    pub(crate) fn header(&self) -> &[String] {
+        &self.header
+    }
+
+    pub(crate) fn rows(&self) -> &[Vec<String>] {
+        &self.rows
+    }
+
     /// The text, each line ended; `width` limits the last column.
     pub fn render(&self, width: Option<usize>) -> String {
         let lines = || std::iter::once(&self.header).chain(&self.rows);

@@ -59,7 +59,14 @@ impl Transport for Table {
     }
     fn capability(&self) -> Capability {
         let (collective, devices) = (true, &["host"]);
-        Capability { collective, one_sided: false, across_processes: false, across_hosts: false, devices }
+        Capability {
+            collective,
+            one_sided: false,
+            one_sided_write: false,
+            across_processes: false,
+            across_hosts: false,
+            devices,
+        }
     }
     fn collective(&self) -> Option<&dyn Collective> {
         Some(self)

@@ -102,13 +102,13 @@ async fn tcp_collective_with_one_connection_on_one_thread() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn local_one_sided() {
     for adversary in [None, Some(13)] {
-        complete(conformance::one_sided(&Host::new(LocalProvider::default(), adversary)).await, 9, 1);
+        complete(conformance::one_sided(&Host::new(LocalProvider::default(), adversary)).await, 17, 2);
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tcp_one_sided() {
     for adversary in [None, Some(14)] {
-        complete(conformance::one_sided(&Host::new(TcpProvider, adversary)).await, 10, 0);
+        complete(conformance::one_sided(&Host::new(TcpProvider, adversary)).await, 19, 0);
     }
 }

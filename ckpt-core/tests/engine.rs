@@ -57,6 +57,10 @@ impl Stand {
             .route("/collective_rpc", post(update))
             .route("/update_weights_from_ipc", post(update))
             .route("/custom/update", post(update))
+            .route("/init_weight_transfer_engine", post(update))
+            .route("/start_weight_update", post(update))
+            .route("/update_weights", post(update))
+            .route("/finish_weight_update", post(update))
             .with_state(self.clone())
     }
 }
@@ -125,6 +129,24 @@ async fn vllm_gets_its_collective_rpc() {
     assert_eq!(seen[0]["args"], json!([{ "GPU-1": "ipc:///run/a" }]));
     let timeout = seen[0]["timeout"].as_f64().unwrap();
     assert!(timeout > 0.0 && timeout <= LONG.as_secs_f64(), "{timeout}");
+}
+
+#[tokio::test]
+async fn vllms_own_api_is_driven_from_init_to_finish_and_no_further_than_an_error() {
+    let (result, seen) = update_against(Behaviour::Accept, "vllm-native").await;
+    result.unwrap();
+    let expected = [
+        json!({ "init_info": {} }),
+        json!({}),
+        json!({ "update_info": { "endpoints": { "GPU-1": "ipc:///run/a" } } }),
+        json!({ "weight_version": "7" }),
+    ];
+    assert_eq!(seen, expected);
+    let (result, seen) = update_against(Behaviour::Refuse(500, "no backend"), "vllm-native").await;
+    assert!(result.unwrap_err().to_string().contains("no backend"));
+    assert_eq!(seen.len(), 1);
+    let error = engine("vllm-native", &on_tcp(Router::new()).await).update(&request(), within(LONG)).await;
+    assert!(error.unwrap_err().message().contains("--weight-transfer-config"));
 }
 
 #[tokio::test]
@@ -252,7 +274,8 @@ async fn none_has_nobody_to_tell_and_unknown_engines_are_named() {
     let config = EngineConfig { kind: "trt".into(), endpoint: String::new(), uds: None, template: None };
     let error = create(config).err().unwrap();
     assert!(
-        error.message().contains("`trt`") && error.message().contains("vllm, sglang, http, none"),
+        error.message().contains("`trt`")
+            && error.message().contains("vllm, vllm-native, sglang, http, none"),
         "{error}"
     );
 }

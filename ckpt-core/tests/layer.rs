@@ -92,7 +92,7 @@ async fn local_keeps_its_promises_through_the_layers() {
     for adversary in [None, Some(21)] {
         let factory = Layered::new(LocalProvider::default(), adversary);
         complete(conformance::collective(&factory).await, 0);
-        complete(conformance::one_sided(&factory).await, 1);
+        complete(conformance::one_sided(&factory).await, 2);
     }
 }
 

@@ -12,19 +12,25 @@ mod server;
 mod stream;
 mod worker;
 
+use std::{ffi::OsString, process::ExitCode};
+
 use pyo3::prelude::*;
-use tracing_subscriber::EnvFilter;
+
+/// The command line `ckpt`, program name first; its exit code.
+#[pyfunction]
+fn run_command(py: Python<'_>, arguments: Vec<OsString>) -> u8 {
+    let code = py.detach(|| ckpt_cli::run(arguments));
+    // The type does not tell its number.
+    (0..=u8::MAX).find(|number| ExitCode::from(*number) == code).unwrap_or(1)
+}
 
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    let filter = EnvFilter::try_from_env("CKPT_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    // A program that has its own subscriber keeps it.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("Error", module.py().get_type::<error::Error>())?;
     module.add_class::<memory::Memory>()?;
     module.add_class::<server::Server>()?;
     module.add_class::<stream::Stream>()?;
     module.add_class::<worker::Worker>()?;
-    Ok(())
+    module.add_function(wrap_pyfunction!(run_command, module)?)
 }

@@ -1,4 +1,7 @@
 //! The caller's function that tells an engine, as an engine.
+//!
+//! The function is called on every rank, and on those that tell nobody it returns at once. So its return does not mean that
+//! an engine is done; the engine here is done when this rank's worker is, too.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -8,9 +11,12 @@ use std::{
 use async_trait::async_trait;
 use ckpt_core::{
     ErrorKind, Result,
+    device::Ring,
     engine::{Engine, EngineRequest},
+    sink::{Afterwards, BucketMessage, WeightSink},
 };
 use pyo3::prelude::*;
+use tokio::sync::watch;
 
 use crate::error::from_python;
 
@@ -23,11 +29,20 @@ pub(crate) struct PythonEngine {
     uuids: Vec<String>,
     /// What the function raised.
     raised: Arc<Mutex<Option<PyErr>>>,
+    /// Ends when this rank's link to its worker does.
+    worker: watch::Receiver<()>,
 }
 
 impl PythonEngine {
-    pub(crate) fn new(call: Py<PyAny>, uuids: Vec<String>) -> Self {
-        Self { call: Arc::new(call), uuids, raised: Arc::default() }
+    /// `call`, and the end of `link` as it knows it.
+    pub(crate) fn new(
+        call: Py<PyAny>,
+        uuids: Vec<String>,
+        link: Box<dyn WeightSink>,
+    ) -> (Self, Box<dyn WeightSink>) {
+        let (over, worker) = watch::channel(());
+        let engine = Self { call: Arc::new(call), uuids, raised: Arc::default(), worker };
+        (engine, Box::new(Watched { link, over: Some(over) }))
     }
 
     /// Where the exception will be found.
@@ -64,7 +79,16 @@ impl Engine for PythonEngine {
                 })
             })
         });
-        match tokio::time::timeout_at(deadline.into(), called).await {
+        let mut worker = self.worker.clone();
+        let told = async {
+            let outcome = called.await;
+            if let Ok(Ok(())) = &outcome {
+                // Nothing is ever sent: an error is the end.
+                let _ = worker.changed().await;
+            }
+            outcome
+        };
+        match tokio::time::timeout_at(deadline.into(), told).await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(broken)) => Err(ckpt_core::Error::new(ErrorKind::Internal, OPERATION, broken.to_string())),
             Err(_) => Err(ckpt_core::Error::new(
@@ -73,5 +97,41 @@ impl Engine for PythonEngine {
                 "the function that tells the engine has not returned by the deadline",
             )),
         }
+    }
+}
+
+/// A link that tells when it is over: after its last call, or when it is dropped.
+struct Watched {
+    link: Box<dyn WeightSink>,
+    over: Option<watch::Sender<()>>,
+}
+
+#[async_trait]
+impl WeightSink for Watched {
+    fn endpoint(&self) -> &str {
+        self.link.endpoint()
+    }
+
+    async fn open(&mut self, ring: &dyn Ring, deadline: Instant) -> Result<()> {
+        self.link.open(ring, deadline).await
+    }
+
+    async fn deliver(&mut self, bucket: &BucketMessage, deadline: Instant) -> Result<()> {
+        self.link.deliver(bucket, deadline).await
+    }
+
+    async fn release(&mut self, deadline: Instant) -> Result<()> {
+        self.link.release(deadline).await
+    }
+
+    async fn finish(&mut self, deadline: Instant) -> Result<()> {
+        let finished = self.link.finish(deadline).await;
+        self.over = None;
+        finished
+    }
+
+    async fn fail(&mut self, cause: &ckpt_core::Error, deadline: Instant) -> Result<Afterwards> {
+        self.over = None;
+        self.link.fail(cause, deadline).await
     }
 }

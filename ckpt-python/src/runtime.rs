@@ -5,6 +5,7 @@ use std::{future::Future, sync::OnceLock, time::Duration};
 use ckpt_core::{ErrorKind, Result};
 use pyo3::prelude::*;
 use tokio::{runtime::Runtime, time::timeout};
+use tracing_subscriber::EnvFilter;
 
 use crate::error::to_python;
 
@@ -18,6 +19,9 @@ pub(crate) fn runtime() -> Result<&'static Runtime> {
     static RUNTIME: OnceLock<(u32, std::io::Result<Runtime>)> = OnceLock::new();
     let fail = |message: &str| ckpt_core::Error::new(ErrorKind::Backend, "start the engine", message);
     let (pid, runtime) = RUNTIME.get_or_init(|| {
+        let filter = EnvFilter::try_from_env("CKPT_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+        // A program that has its own subscriber keeps it.
+        let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
         let built =
             tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("ckpt-engine").build();
         (std::process::id(), built)

@@ -14,7 +14,7 @@ use ckpt_core::{
     checkpoint::{CheckpointSource, InPlace, LoadOptions, NamedTensor, Pool, load},
     control::{Job, JobOptions, Token},
     deadlines::Deadlines,
-    device::{BufferSlice, DeviceInfo, runtime_dir},
+    device::{BufferSlice, DeviceInfo, MemoryKind, runtime_dir},
     metas::Metas,
     plan::PlanLimits,
     server::{OpenOptions, Opened, ParameterServer, Reading, UpdateReport, UpdateRequest, open},
@@ -26,7 +26,7 @@ use tokio::sync::{Mutex, MutexGuard};
 
 use crate::{
     error::{invalid, to_python},
-    memory::{Described, Memory, describe, named_tensor},
+    memory::{Described, Lent, Memory, describe, named_tensor},
     request::PythonEngine,
     runtime::wait,
     stream::Stream,
@@ -133,14 +133,14 @@ impl State {
     pub(crate) async fn update(
         &mut self,
         asked: Asked,
-        sink: Option<Box<dyn WeightSink>>,
+        sink: Box<dyn WeightSink>,
         engine: Option<EngineCall>,
     ) -> Result<UpdateReport> {
         let Asked { name, version, ranks, timeout } = asked;
         let ready = self.deadlines.ready.min(timeout);
         self.server.set_deadlines(Deadlines { total: timeout, ready, ..self.deadlines });
         let version = Version(version.unwrap_or(self.metas_seen));
-        let request = UpdateRequest { checkpoint: name, version, ranks, sink, engine };
+        let request = UpdateRequest { checkpoint: name, version, ranks, sink: Some(sink), engine };
         let report = self.server.update(request).await;
         self.server.set_deadlines(self.deadlines);
         report
@@ -161,6 +161,8 @@ fn layout(metas: &Metas) -> Result<Layout> {
 struct Settings {
     /// What stands for environment variables; the process's own come after them.
     variables: HashMap<String, String>,
+    /// Which of the visible accelerators; else as the variables say.
+    local_rank: Option<u32>,
     device: String,
     transport: String,
     reader: String,
@@ -181,6 +183,9 @@ impl Settings {
         let mut job = JobOptions::detect(&env, None, runtime_dir()?, deadlines)?;
         if let Some(token) = &self.token {
             job.token = Some(Token::new(token.clone())?);
+        }
+        if let Some(local_rank) = self.local_rank {
+            job.cluster.local_rank = local_rank;
         }
         let mut limits = PlanLimits::from_env(&env)?;
         if let Some(mib) = self.bucket_mib {
@@ -451,7 +456,7 @@ impl Server {
         request: Option<Py<PyAny>>,
         ranks: Vec<u32>,
         version: Option<u64>,
-        protocol: Option<String>,
+        protocol: String,
         timeout: f64,
     ) -> PyResult<String> {
         let shared = self.state.clone();
@@ -459,9 +464,14 @@ impl Server {
         let prepared = wait(py, async move {
             let mut guard = shared.lock_owned().await;
             let state = guard.as_mut().ok_or_else(|| invalid("update weights", "the server was closed"))?;
-            let protocol: Option<WorkerProtocol> = protocol.map(|name| name.parse()).transpose()?;
-            let sink = protocol.map(|protocol| state.sink(&name, protocol)).transpose()?;
-            let engine = request.map(|call| PythonEngine::new(call, state.uuids.clone()));
+            let sink = state.sink(&name, protocol.parse()?)?;
+            let (engine, sink) = match request {
+                None => (None, sink),
+                Some(call) => {
+                    let (engine, sink) = PythonEngine::new(call, state.uuids.clone(), sink);
+                    (Some(engine), sink)
+                }
+            };
             Ok((guard, sink, engine, Asked { name, version, ranks, timeout: seconds(timeout)? }))
         })?;
         let (mut guard, sink, engine, asked) = prepared;
@@ -474,11 +484,10 @@ impl Server {
             let state = guard.as_mut().ok_or_else(|| invalid("update weights", "the server was closed"))?;
             state.update(asked, sink, engine).await
         });
-        let report = updated.map_err(|error| {
+        let report = updated.inspect_err(|error| {
             let cause =
                 raised.and_then(|raised| raised.lock().unwrap_or_else(PoisonError::into_inner).take());
             error.set_cause(py, cause);
-            error
         })?;
         serde_json::to_string(&report).map_err(|e| {
             let error =
@@ -501,6 +510,29 @@ impl Server {
         wait(py, async move {
             let asked = Asked { name, version, ranks, timeout: seconds(timeout)? };
             Ok(Stream::start(shared.lock_owned().await, asked, &consumer))
+        })
+    }
+
+    /// Reads `(remote address, local address, bytes)` pieces of `owner`'s memory; `into` owns the local ones.
+    fn read(
+        &self,
+        py: Python<'_>,
+        owner: u32,
+        pieces: Vec<(u64, u64, u64)>,
+        into: Py<PyAny>,
+        timeout: f64,
+    ) -> PyResult<()> {
+        let shared = self.state.clone();
+        let lend = |(remote, address, len_bytes): (u64, u64, u64)| {
+            let owner = Some(into.clone_ref(py));
+            let lent = Lent { address, len_bytes, memory: MemoryKind::Host, owner, afterwards: None };
+            (remote, BufferSlice::whole(Arc::new(lent)))
+        };
+        let pieces: Vec<_> = pieces.into_iter().map(lend).collect();
+        wait(py, async move {
+            let deadline = Instant::now() + seconds(timeout)?;
+            let read = state(&mut shared.lock().await)?.server.read(owner, pieces, deadline)?;
+            read.done(deadline).await
         })
     }
 

@@ -52,7 +52,7 @@ impl Stream {
         let (sink, tensors) = stream(consumer);
         let update = tokio::spawn(async move {
             let state = guard.as_mut().ok_or_else(|| invalid("update weights", "the server was closed"))?;
-            state.update(asked, Some(Box::new(sink)), None).await
+            state.update(asked, Box::new(sink), None).await
         });
         Self(Arc::new(Mutex::new(Inner { tensors, held: None, update: Some(update) })))
     }

@@ -52,7 +52,6 @@ impl RingMapper for PythonMapper {
             let mapped = match export {
                 RingExport::Host { path, offset_bytes } => path
                     .into_pyobject(py)
-                    .map_err(PyErr::from)
                     .and_then(|path| map("host", path.into_any().unbind(), *offset_bytes)),
                 RingExport::Cuda { handle, offset_bytes } => map("cuda", bytes(handle), *offset_bytes),
                 RingExport::Ascend { key, offset_bytes } => map("npu", bytes(key), *offset_bytes),

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+import threading
 
 import torch
 from ckpt_engine import Error, ParameterServer, update_weights_from_ipc
@@ -78,6 +79,28 @@ class Worker:
         update_weights_from_ipc(None, endpoint, None, run=self.load, post_hook=self.hook, uuid=uuid, timeout=60)
 
 
+def _one_tells(server: ParameterServer, weights: dict[str, torch.Tensor]) -> bool:
+    held: list[dict[str, torch.Tensor]] = [{} for _ in range(WORLD_SIZE)]
+
+    def tell(pairs: list[tuple[str, str]]) -> None:
+        if RANK != 0:
+            return
+
+        def take(number: int, uuid: str, endpoint: str) -> None:
+            load = held[number].update
+            run = lambda bucket: load((name, tensor.clone()) for name, tensor in bucket)  # noqa: E731
+            update_weights_from_ipc(None, endpoint, None, run=run, uuid=uuid, timeout=60)
+
+        engine = [threading.Thread(target=take, args=(number, *pair)) for number, pair in enumerate(pairs)]
+        for worker in engine:
+            worker.start()
+        for worker in engine:
+            worker.join()
+
+    server.update("step-2", tell, timeout=60)
+    return RANK != 0 or all(same(one, weights) for one in held)
+
+
 def updates(protocol: str) -> dict:
     """Broadcast, P2P to half of the ranks, a worker that fails, and an update after that."""
     result: dict = {}
@@ -121,6 +144,10 @@ def updates(protocol: str) -> dict:
             result["refused"], result["cause"] = str(error), type(error.__cause__).__name__
         server.store_based_barrier()
 
+        # As with real engines, the first rank tells all workers and the others tell nobody.
+        result["one_tells"] = _one_tells(server, second)
+        server.store_based_barrier()
+
         worker = Worker(server)
         asyncio.run(server.update_async("step-2", worker, timeout=60))
         result["again"] = same(worker.held, second)
@@ -129,6 +156,124 @@ def updates(protocol: str) -> dict:
         )
         views = server.tensors("step-2")
         result["views"] = same({name: views[name] for name in share(second)}, share(second))
+    return result
+
+
+def compat() -> dict:
+    """checkpoint-engine's names, as trainers use them."""
+    import pickle
+
+    import checkpoint_engine.distributed as dist
+    from checkpoint_engine import H2DBucket
+    from checkpoint_engine import ParameterServer as Compat
+    from checkpoint_engine.ps import _gen_h2d_buckets, _to_named_tensor
+    from checkpoint_engine.worker import _extract_weights
+    from checkpoint_engine.worker import update_weights_from_ipc as take
+
+    weights = {name: tensor for name, tensor in model(5).items() if tensor.numel()}
+    result: dict = {}
+    server = Compat(auto_pg=False, device="host")
+    try:
+        server.gather_metas("a")
+        result["needs_group"] = False
+    except RuntimeError:
+        result["needs_group"] = True
+    dist.use_backend("vllm_nccl")
+    server.init_process_group()
+    result["default_left_alone"] = not torch.distributed.is_initialized()
+    result["initialized"] = dist.is_initialized()
+    server.register_checkpoint("a", named_tensors=share(weights), use_shared_memory_pool=True)
+    pool = server._memory_pool[server.shared_memory_pool_name]
+    result["pool"] = server._current_shared_memory_pool_user == "a" and sum(len(b.metas) for b in pool) == len(share(weights))
+    server.gather_metas("a")
+    metas = server._current_global_parameter_metas
+    result["metas"] = sorted(metas) == list(range(WORLD_SIZE)) and server.get_metas() is metas
+    links = server._local_rdma_devices
+    result["links"] = sorted(sum(map(list, links.values()), [])) == list(range(WORLD_SIZE)) and links == server._remote_rdma_devices
+
+    # Moving buckets by hand, as trainers' own backends do: each owner's bytes are read and broadcast.
+    held: dict[str, torch.Tensor] = {}
+    everybody = dist.new_group(list(range(WORLD_SIZE)))
+    only_last = dist.new_group([WORLD_SIZE - 1])
+    result["outside"] = (only_last.handle is None) == (RANK != WORLD_SIZE - 1)
+    for receiver, owner, bucket in _gen_h2d_buckets(metas, 1 << 20, links, links, [WORLD_SIZE - 1]):
+        assert isinstance(bucket, H2DBucket) and receiver == WORLD_SIZE - 1
+        buffer = torch.zeros(bucket.size, dtype=torch.uint8)
+        if RANK == receiver:
+            server._p2p_store.register_named_tensors({"buffer": buffer})
+            server._copy_to_buffer("a", bucket, buffer, owner)
+            assert server._p2p_store.unregister_named_tensors(["buffer"]) == 1
+        dist.broadcast(buffer, src=receiver, group=everybody)
+        held |= {name: t.clone() for name, t in _extract_weights(_to_named_tensor(bucket.items), buffer)}
+    result["moved"] = same(held, weights)
+    own = _gen_h2d_buckets({RANK: metas[RANK]}, 1 << 20, links, links)
+    buffer = torch.zeros(own[0][2].size, dtype=torch.uint8)
+    server._copy_to_buffer("a", own[0][2], buffer)
+    local = dict(_extract_weights(_to_named_tensor(own[0][2].items), buffer))
+    result["local"] = same(local, {name: weights[name] for name in local})
+
+    total = torch.tensor([RANK + 1])
+    dist.all_reduce(total)
+    result["reduced"] = total.item() == WORLD_SIZE * (WORLD_SIZE + 1) // 2
+    objects: list = [None] * WORLD_SIZE
+    dist.all_gather_object(objects, {"rank": RANK})
+    result["objects"] = objects == [{"rank": rank} for rank in range(WORLD_SIZE)]
+    dist.all_gather_object(objects, RANK, group=everybody)
+    result["objects_of_group"] = objects == list(range(WORLD_SIZE))
+    dist.barrier(group=everybody)
+    dist.barrier()
+
+    worker = Worker(server)
+
+    def tell(pairs: list[tuple[str, str]]) -> None:
+        take(None, dict(pairs)[server.device_uuid], None, run=worker.load, post_hook=worker.hook)
+
+    result["updated"] = server.update("a", tell) is None and same(worker.held, weights)
+    # Metas as a trainer saves them: the engine's own keys survive.
+    server.load_metas(pickle.loads(pickle.dumps(server.get_metas())))
+    worker = Worker(server)
+    server.update("a", tell, ranks=[WORLD_SIZE - 1])
+    result["joined"] = RANK != WORLD_SIZE - 1 or same(worker.held, weights)
+    dist.barrier()
+    server.unregister_checkpoint("a", force=True)
+    server.unregister_checkpoint("unknown")
+    result["freed"] = server._memory_pool == {server.shared_memory_pool_name: []}
+    dist.destroy_process_group()
+    result["destroyed"] = not dist.is_initialized()
+    server.close()
+    return result
+
+
+def kimi(source: str) -> dict:
+    """verl's backend for checkpoint-engine, with two trainers and the rest rollouts."""
+    import importlib.util
+
+    name = "verl.checkpoint_engine.kimi_checkpoint_engine"
+    spec = importlib.util.spec_from_file_location(name, source)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    # The master's port is what the test chose for all ranks.
+    host, port = os.environ.pop("CKPT_HUB_ADDRESS").split(":")
+    trainers, rollouts = 2, WORLD_SIZE - 2
+    engine = module.KIMICheckpointEngine(1 << 20, is_master=RANK == 0)
+    engine.prepare()
+    master = module.MasterMetadata(zmq_ip=None, zmq_port=None, dist_ip=host, dist_port=int(port))
+    weights = {n: t.detach().contiguous() for n, t in model(6).items() if t.numel() and t.dtype.is_floating_point}
+    engine.init_process_group(RANK, trainers, rollouts, master)
+    result: dict = {"same": None}
+
+    async def take() -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() async for name, tensor in engine.receive_weights()}
+
+    for _ in range(2):
+        if RANK < trainers:
+            asyncio.run(engine.send_weights(iter(weights.items())))
+        else:
+            result["same"] = same(asyncio.run(take()), {n: t.to(torch.bfloat16) for n, t in weights.items()})
+        engine.finalize()
+    engine.parameter_server.close()
     return result
 
 

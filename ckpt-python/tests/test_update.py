@@ -19,6 +19,7 @@ def test_updates(world_size: int, protocol: str) -> None:
         assert result["metas"] == TENSORS
         assert "there is no parameter called lm_head" in result["error"]
         assert result["hook_after_error"] == 0
+        assert result["one_tells"] is True, (rank, result)
         assert "the engine answered 500: no such model" in result["refused"]
     # The rank whose function raised gets the exception itself too.
     assert results[0]["cause"] == "ConnectionError"

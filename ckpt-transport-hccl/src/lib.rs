@@ -1,82 +1,51 @@
-//! Huawei Ascend: the device and its collectives (HCCL).
+//! Huawei Ascend: NPUs as devices, and the transport `hccl`: broadcasts between them.
 //!
-//! This version looks for CANN's libraries and the devices and says what it found; it drives neither. `probe` never
-//! says "available" for something that `open` cannot do.
+//! CANN's libraries, the ACL runtime and HCCL, are opened at run time. Without them everything compiles and runs, and the
+//! probes say what is missing. Nothing here has run on an NPU: the tests run on an emulator of the two libraries
+//! (`integration-tests/ascend-emulator`). `docs/ascend.md` says what that shows and what it does not.
 
+pub mod check;
+mod communicator;
 mod config;
-mod device;
+pub mod device;
 mod error;
 mod library;
+mod table;
+mod transport;
+mod warm_up;
 
-use std::sync::Arc;
+use ckpt_core::transport::Registry;
 
-use ckpt_core::{
-    Result,
-    transport::{Probe, Transport, TransportConfig, TransportProvider, library::unavailable},
-};
+pub use communicator::HcclGroup;
 pub use config::HcclConfig;
-pub use device::AscendProvider;
 pub use error::{AclError, HcclError};
+pub use transport::{HcclProvider, HcclTransport};
 
-/// Finds HCCL.
-#[derive(Clone, Debug)]
-pub struct HcclProvider {
-    config: HcclConfig,
-}
-
-impl HcclProvider {
-    /// A provider that looks where `config` says.
-    pub fn new(config: HcclConfig) -> Self {
-        Self { config }
-    }
-
-    fn reason(&self) -> String {
-        match library::find_hccl(&self.config) {
-            Ok(found) => {
-                format!("found {found}, but this version of ckpt does not drive it; use --transport tcp")
-            }
-            Err(error) => error.message().to_owned(),
-        }
-    }
-}
-
-impl TransportProvider for HcclProvider {
-    fn name(&self) -> &'static str {
-        "hccl"
-    }
-
-    fn probe(&self) -> Probe {
-        Probe::Unavailable(self.reason())
-    }
-
-    fn open(&self, _config: &TransportConfig) -> Result<Arc<dyn Transport>> {
-        Err(unavailable("hccl", self.reason()))
-    }
+/// Adds the device `ascend` and the transport `hccl`, which look where `env` says.
+pub fn register(registry: &mut Registry, env: &dyn Fn(&str) -> Option<String>) {
+    let (config, acl) = (HcclConfig::from_env(env), device::AclCell::default());
+    registry.add_device(device::AscendProvider::new(config.clone(), acl.clone()));
+    registry.add_transport(HcclProvider::new(config, acl));
 }
 
 #[cfg(test)]
 mod tests {
+    use ckpt_core::transport::Probe;
+
     use super::*;
 
     #[test]
     fn missing_libraries_are_named_with_the_way_to_get_them() {
-        let config = HcclConfig { folder: Some("/nonexistent".into()), ..HcclConfig::default() };
-        let Probe::Unavailable(why) = HcclProvider::new(config).probe() else {
-            panic!("found nothing's library")
-        };
-        assert!(why.contains("libascendcl.so") && why.contains("CKPT_ASCEND_LIBRARY_DIR"), "{why}");
-    }
-
-    #[test]
-    fn variables_are_read_in_their_order() {
-        let both = |name: &str| match name {
-            "HCCL_SO_PATH" => Some("/opt/hccl/libhccl.so".to_owned()),
-            "ASCEND_HOME_PATH" => Some("/opt/cann".to_owned()),
-            _ => None,
-        };
-        let config = HcclConfig::from_env(&both);
-        assert_eq!(config.hccl, Some("/opt/hccl/libhccl.so".into()));
-        assert_eq!(config.folder, None);
-        assert_eq!(config.folders.first(), Some(&"/opt/cann/lib64".into()));
+        let mut registry = Registry::default();
+        let nowhere = |name: &str| (name == "CKPT_ASCEND_LIBRARY_DIR").then(|| "/nonexistent".to_owned());
+        register(&mut registry, &nowhere);
+        let probes = [
+            registry.devices().map(|d| d.probe()).collect::<Vec<_>>(),
+            registry.transports().map(|t| t.probe()).collect(),
+        ];
+        for probe in probes.into_iter().flatten() {
+            let Probe::Unavailable(why) = probe else { panic!("found nothing's library") };
+            assert!(why.contains("libascendcl.so") && why.contains("CKPT_ASCEND_LIBRARY_DIR"), "{why}");
+        }
     }
 }

@@ -1,70 +1,196 @@
-//! Opening `libascendcl.so` and `libhccl.so` at run time.
+//! HCCL: finding the library and calling it.
+//!
+//! Signatures and layouts are those of the headers in the wheel torch-npu 2.9.0 (HCCL config version 6), which agree with
+//! CANN's open source (hccl 2d9f07df, hcomm 2b912e7d) on everything used here.
 
-use std::{fmt, path::PathBuf};
-
-use ckpt_core::{
-    Result,
-    transport::library::{LibrarySearch, Opened, loader_reason},
+use std::{
+    ffi::c_char,
+    fmt,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
 };
 
-use crate::config::HcclConfig;
+use ckpt_core::{
+    Error, ErrorKind, Result,
+    transport::library::{LibrarySearch, Opened},
+};
 
-const REMEDY: &str = "install Huawei's CANN toolkit and source its set_env.sh";
+use crate::{
+    config::HcclConfig,
+    error::{self, HcclError},
+    table::{Handle, function_table, load},
+};
 
-/// Libraries that were opened.
-pub(crate) struct Found(Vec<(&'static str, Opened<libloading::Library>)>);
+/// `HcclRootInfo`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct RootInfo(pub(crate) [u8; 4108]);
 
-impl fmt::Display for Found {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let each: Vec<String> =
-            self.0.iter().map(|(name, opened)| format!("{name} ({})", opened.path.display())).collect();
-        f.write_str(&each.join(" and "))
+/// `HcclCommConfig`, version 6. The library reads as much as `version` and `size` say: this prefix is understood by every
+/// later one. `HcclCommConfigInit` is an inline function of the header, which [`Self::new`] stands for.
+#[repr(C)]
+pub(crate) struct CommConfig {
+    size: usize,
+    magic: u32,
+    version: u32,
+    reserved: u64,
+    buffer_size: u32,
+    deterministic: u32,
+    name: [u8; 128],
+    udi: [u8; 128],
+    op_expansion_mode: u32,
+    rdma_traffic_class: u32,
+    rdma_service_level: u32,
+    world_rank: u32,
+    job_id: u64,
+}
+
+const _: () = assert!(size_of::<RootInfo>() == 4108 && size_of::<CommConfig>() == 312);
+const _: () = assert!(
+    std::mem::offset_of!(CommConfig, buffer_size) == 24
+        && std::mem::offset_of!(CommConfig, name) == 32
+        && std::mem::offset_of!(CommConfig, udi) == 160
+        && std::mem::offset_of!(CommConfig, op_expansion_mode) == 288
+        && std::mem::offset_of!(CommConfig, job_id) == 304
+);
+
+impl CommConfig {
+    /// "Not set", for the numbers whose zero means something.
+    const UNSET: u32 = u32::MAX;
+
+    /// Nothing set but the size of HCCL's own buffers.
+    pub(crate) fn new(buffer_mib: Option<u32>) -> Self {
+        Self {
+            size: size_of::<Self>(),
+            magic: 0xf0f0_f0f0,
+            version: 6,
+            reserved: 0,
+            buffer_size: buffer_mib.unwrap_or(Self::UNSET),
+            deterministic: Self::UNSET,
+            name: [0; 128],
+            udi: [0; 128],
+            op_expansion_mode: 0,
+            rdma_traffic_class: Self::UNSET,
+            rdma_service_level: Self::UNSET,
+            world_rank: 0,
+            job_id: 0,
+        }
     }
 }
 
-/// Opens the ACL runtime.
-pub(crate) fn find_acl(config: &HcclConfig) -> Result<Found> {
-    Ok(Found(vec![open(
-        config,
-        "ACL",
-        "CANN's ACL runtime",
-        &["libascendcl.so"],
-        config.folder.clone(),
-        "aclInit",
-    )?]))
+/// `HCCL_DATA_TYPE_UINT8`. Allowed for broadcasts and gathers; not for reductions, which nothing here uses.
+pub(crate) const UINT8: i32 = 7;
+
+function_table! {
+    /// The HCCL functions in use.
+    struct Functions {
+        required {
+            root_info = "HcclGetRootInfo": fn(*mut RootInfo) -> i32;
+            init = "HcclCommInitRootInfoConfig":
+                fn(u32, *const RootInfo, u32, *const CommConfig, *mut Handle) -> i32;
+            destroy = "HcclCommDestroy": fn(Handle) -> i32;
+            broadcast = "HcclBroadcast": fn(u64, u64, i32, u32, Handle, Handle) -> i32;
+            all_gather = "HcclAllGather": fn(u64, u64, u64, i32, Handle, Handle) -> i32;
+            barrier = "HcclBarrier": fn(Handle, Handle) -> i32;
+            async_error = "HcclGetCommAsyncError": fn(Handle, *mut i32) -> i32;
+            error_string = "HcclGetErrorString": fn(i32) -> *const c_char;
+        }
+        optional {
+            // The parent is passed by pointer to its handle.
+            subgroup = "HcclCreateSubCommConfig":
+                fn(*mut Handle, u32, *mut u32, u64, u32, *mut CommConfig, *mut Handle) -> i32;
+        }
+    }
 }
 
-/// Opens the ACL runtime, without which HCCL cannot work, and HCCL.
-pub(crate) fn find_hccl(config: &HcclConfig) -> Result<Found> {
-    let mut found = find_acl(config)?;
-    let chosen = config.folder.clone().or_else(|| config.hccl.clone());
-    found.0.push(open(config, "HCCL", "CANN's HCCL", &["libhccl.so"], chosen, "HcclBroadcast")?);
-    Ok(found)
+/// A loaded HCCL.
+pub(crate) struct Hccl {
+    pub(crate) functions: Functions,
+    path: PathBuf,
 }
 
-fn open(
+impl fmt::Debug for Hccl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hccl").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+/// Where CANN's libraries are looked for; `chosen` as the user set it.
+pub(crate) fn search(
     config: &HcclConfig,
-    label: &'static str,
     product: &'static str,
     names: &'static [&'static str],
     chosen: Option<PathBuf>,
-    symbol: &'static str,
-) -> Result<(&'static str, Opened<libloading::Library>)> {
-    let search = LibrarySearch {
+) -> LibrarySearch {
+    LibrarySearch {
         product,
         names,
         chosen,
         variable: "CKPT_ASCEND_LIBRARY_DIR",
         folders: config.folders.clone(),
-        remedy: REMEDY,
-    };
-    let opened = search.open(|name| {
-        // SAFETY: loading runs the library's initialisers. The user or the system chose this file as CANN's; nothing
-        // is called in it before aclInit.
-        let library = unsafe { libloading::Library::new(name) }.map_err(|error| loader_reason(&error))?;
-        // SAFETY: the address is only compared with null by libloading; nothing is called or read through it.
-        let present = unsafe { library.get::<*const ()>(symbol.as_bytes()) }.is_ok();
-        if present { Ok(library) } else { Err(format!("{symbol} is missing in it")) }
-    })?;
-    Ok((label, opened))
+        remedy: "install Huawei's CANN toolkit and source its set_env.sh",
+    }
+}
+
+impl Hccl {
+    /// Opens the library, after the ACL runtime. Where it has collectives only, the rest is looked for in `libhcomm.so`.
+    pub(crate) fn load(config: &HcclConfig) -> Result<Arc<Self>> {
+        let chosen = config.folder.clone().or_else(|| config.hccl.clone());
+        let Opened { library, path } = search(config, "CANN's HCCL", &["libhccl.so"], chosen).open(load)?;
+        // SAFETY: the signatures are those of hccl.h and hccl_comm.h for these names; `load` never unloads.
+        let functions = unsafe { Functions::from_libraries(&[library]) }.or_else(|missing| {
+            let lacks = |extra: &str| {
+                let message =
+                    format!("{} has no `{missing}`{extra}; CANN 8 or newer is needed", path.display());
+                Error::new(ErrorKind::Unavailable, "open HCCL", message)
+            };
+            let beside = config.folder.clone().or_else(|| path.parent().map(Path::to_path_buf));
+            let second = search(config, "CANN's HCOMM", &["libhcomm.so"], beside.filter(|p| p.is_dir()));
+            let Opened { library: second, .. } =
+                second.open(load).map_err(|_| lacks(" and there is no libhcomm.so"))?;
+            // SAFETY: as above.
+            unsafe { Functions::from_libraries(&[library, second]) }
+                .map_err(|_| lacks(", nor has libhcomm.so"))
+        })?;
+        Ok(Arc::new(Self { functions, path }))
+    }
+
+    /// Where it was found.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// `Ok` for success, else the error with HCCL's own words.
+    pub(crate) fn check(&self, operation: &'static str, function: &'static str, code: i32) -> Result<()> {
+        if code == 0 {
+            return Ok(());
+        }
+        // SAFETY: returns a static string, or null.
+        let detail = unsafe { error::text((self.functions.error_string)(code)) };
+        Err(HcclError { function, code, detail }.during(operation))
+    }
+}
+
+/// HCCL, opened at the first use.
+#[derive(Debug, Default)]
+pub(crate) struct HcclCell(OnceLock<Result<Arc<Hccl>>>);
+
+impl HcclCell {
+    /// The library, or why there is none.
+    pub(crate) fn hccl(&self, config: &HcclConfig) -> Result<Arc<Hccl>> {
+        self.0.get_or_init(|| Hccl::load(config)).clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_library_that_is_not_hccl_is_named_with_what_it_lacks() {
+        let config = HcclConfig { hccl: Some("libc.so.6".into()), ..HcclConfig::default() };
+        let text = Hccl::load(&config).unwrap_err().to_string();
+        assert!(text.contains("libc.so.6 has no `HcclGetRootInfo`"), "{text}");
+        assert!(text.contains("libhcomm.so") && !text.contains('\n'), "{text}");
+    }
 }

@@ -28,6 +28,8 @@ const _: () = assert!(size_of::<Request>() == 40 && size_of::<usize>() == 8);
 
 /// `OPCODE_READ`.
 pub(crate) const READ: i32 = 0;
+/// `OPCODE_WRITE`.
+pub(crate) const WRITE: i32 = 1;
 /// `INVALID_BATCH`.
 pub(crate) const INVALID_BATCH: u64 = u64::MAX;
 

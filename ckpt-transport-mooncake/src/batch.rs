@@ -1,4 +1,4 @@
-//! One posted batch: what the reader waits for, and which memory Mooncake may still write.
+//! One posted batch: what its caller waits for, and which memory Mooncake may still touch.
 
 use std::{
     any::Any,
@@ -14,10 +14,11 @@ use async_trait::async_trait;
 use ckpt_core::{
     Error, ErrorKind, Key, Result,
     device::{BufferSlice, EventState},
+    transport::Way,
 };
 use tokio::sync::Notify;
 
-/// Shared by the reader's event and the peers' threads.
+/// Shared by the caller's event and the peers' threads.
 #[derive(Debug)]
 pub(crate) struct Posted {
     outcome: OnceLock<Result<()>>,
@@ -25,22 +26,24 @@ pub(crate) struct Posted {
     /// Peers that still work on it.
     parts: AtomicUsize,
     failure: Mutex<Option<Error>>,
+    way: Way,
     peers: String,
     pub(crate) deadline: Instant,
-    /// Addresses of the destinations.
-    destinations: Vec<(u64, u64)>,
+    /// Addresses of this side's memory.
+    memory: Vec<(u64, u64)>,
 }
 
 impl Posted {
-    pub(crate) fn new(peers: &[&str], deadline: Instant, into: &[&BufferSlice]) -> Arc<Self> {
+    pub(crate) fn new(way: Way, peers: &[&str], deadline: Instant, memory: &[&BufferSlice]) -> Arc<Self> {
         let posted = Self {
             outcome: OnceLock::new(),
             notify: Notify::new(),
             parts: AtomicUsize::new(peers.len()),
             failure: Mutex::default(),
+            way,
             peers: peers.join(", "),
             deadline,
-            destinations: into.iter().map(|s| (s.address(), s.address() + s.len_bytes())).collect(),
+            memory: memory.iter().map(|s| (s.address(), s.address() + s.len_bytes())).collect(),
         };
         if peers.is_empty() {
             posted.complete(Ok(()));
@@ -80,10 +83,10 @@ impl Posted {
         self.parts.load(Ordering::Acquire) == 0
     }
 
-    /// Whether it was given up while Mooncake may still write into `into`.
-    pub(crate) fn haunts(&self, into: &BufferSlice) -> bool {
-        let (start, end) = (into.address(), into.address() + into.len_bytes());
-        self.is_over() && !self.is_retired() && self.destinations.iter().any(|(s, e)| start < *e && *s < end)
+    /// Whether it was given up while Mooncake may still touch `memory`.
+    pub(crate) fn haunts(&self, memory: &BufferSlice) -> bool {
+        let (start, end) = (memory.address(), memory.address() + memory.len_bytes());
+        self.is_over() && !self.is_retired() && self.memory.iter().any(|(s, e)| start < *e && *s < end)
     }
 
     pub(crate) fn peers(&self) -> &str {
@@ -95,19 +98,19 @@ impl Posted {
         if !self.is_over() && Instant::now() >= self.deadline {
             let what =
                 "the bytes did not arrive by the deadline; their memory stays in use until Mooncake gives up";
-            let error = Error::new(ErrorKind::Timeout, "read remote memory", what);
+            let error = Error::new(ErrorKind::Timeout, self.way.operation(), what);
             let error = if self.peers.is_empty() { error } else { error.with(Key::Peer, &self.peers) };
             self.complete(Err(error));
         }
     }
 }
 
-/// The reader's end of a batch.
+/// The caller's end of a batch.
 #[derive(Debug)]
-pub(crate) struct ReadEvent(pub(crate) Arc<Posted>);
+pub(crate) struct Ending(pub(crate) Arc<Posted>);
 
 #[async_trait]
-impl EventState for ReadEvent {
+impl EventState for Ending {
     fn is_complete(&self) -> Result<bool> {
         self.0.expire();
         self.0.outcome.get().map_or(Ok(false), |outcome| outcome.clone().map(|()| true))
@@ -124,8 +127,8 @@ impl EventState for ReadEvent {
             posted.expire();
         }
         posted.outcome.get().cloned().unwrap_or_else(|| {
-            let what = "the wait was shorter than the read's own deadline";
-            Err(Error::new(ErrorKind::Timeout, "wait for a read", what).with(Key::Peer, &posted.peers))
+            let what = "the wait was shorter than the batch's own deadline";
+            Err(Error::new(ErrorKind::Timeout, posted.way.operation(), what).with(Key::Peer, &posted.peers))
         })
     }
 
@@ -142,19 +145,22 @@ pub(crate) struct InFlight {
 }
 
 impl InFlight {
-    /// Takes a batch in, unless a batch that was given up may still write the same memory.
-    pub(crate) fn admit(&self, posted: &Arc<Posted>, into: &[&BufferSlice]) -> Result<()> {
+    /// Takes a batch in, unless a batch that was given up may still touch the same memory.
+    pub(crate) fn admit(&self, posted: &Arc<Posted>, memory: &[&BufferSlice]) -> Result<()> {
         // Nothing that can panic runs under this lock.
         let mut batches = self.batches.lock().unwrap_or_else(PoisonError::into_inner);
         batches.retain(|batch| !batch.is_retired());
-        if let Some(late) = batches.iter().find(|batch| into.iter().any(|slice| batch.haunts(slice))) {
+        if let Some(late) = batches.iter().find(|batch| memory.iter().any(|slice| batch.haunts(slice))) {
             if !self.warned.swap(true, Ordering::Relaxed) {
-                tracing::warn!(peer = late.peers(), "a read that missed its deadline still holds its memory");
+                tracing::warn!(
+                    peer = late.peers(),
+                    "a batch that missed its deadline still holds its memory"
+                );
             }
-            let what = "this memory still belongs to a read that missed its deadline, which Mooncake cannot cancel; \
+            let what = "this memory still belongs to a batch that missed its deadline, which Mooncake cannot cancel; \
                         use other memory, or try again when the peer has answered or is gone";
             return Err(
-                Error::new(ErrorKind::Backend, "read remote memory", what).with(Key::Peer, late.peers())
+                Error::new(ErrorKind::Backend, posted.way.operation(), what).with(Key::Peer, late.peers())
             );
         }
         batches.push(posted.clone());

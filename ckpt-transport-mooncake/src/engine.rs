@@ -101,9 +101,9 @@ impl Engine {
             .caused_by(code))
     }
 
-    pub(crate) fn reach(&self, peer: &str) -> Result<()> {
+    pub(crate) fn reach(&self, operation: &'static str, peer: &str) -> Result<()> {
         self.api.reach(peer, REACH_TIME).map_err(|error| {
-            Error::new(ErrorKind::PeerLost, "read remote memory", "the peer's engine has ended or is cut off")
+            Error::new(ErrorKind::PeerLost, operation, "the peer's engine has ended or is cut off")
                 .with(Key::Peer, peer)
                 .caused_by(error)
         })

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use crate::api::{Api, Handle, INVALID_BATCH, READ, Request, status};
+use crate::api::{Api, Handle, INVALID_BATCH, READ, Request, WRITE, status};
 
 #[derive(Default)]
 pub(crate) struct Fake {
@@ -130,15 +130,11 @@ impl State {
                 self.hiccup.remove(index);
             }
             if good {
-                // SAFETY: the source is registered, so its owner keeps it mapped until it unregisters, which takes
-                // this lock; the destination belongs to a batch that is not freed.
-                unsafe {
-                    std::ptr::copy(
-                        request.target_offset as *const u8,
-                        request.source as *mut u8,
-                        request.length as usize,
-                    );
-                }
+                let (there, here) = (request.target_offset as *mut u8, request.source as *mut u8);
+                let (from, into) = if request.opcode == READ { (there, here) } else { (here, there) };
+                // SAFETY: the peer's side is registered, so its owner keeps it mapped until it unregisters, which takes
+                // this lock; this side belongs to a batch that is not freed.
+                unsafe { std::ptr::copy(from, into, request.length as usize) };
             }
             let transfers = self.engine(Handle(handle)).batches.get_mut(&batch).unwrap();
             transfers[task].status = if good { status::COMPLETED } else { 6 };
@@ -212,7 +208,7 @@ impl Api for Fake {
     unsafe fn submit(&self, engine: Handle, batch: u64, requests: &mut [Request]) -> i32 {
         let mut state = self.lock();
         for request in requests {
-            assert_eq!(request.opcode, READ);
+            assert!([READ, WRITE].contains(&request.opcode));
             let peer = state.engine(engine).segments[request.target as usize - 1].clone();
             if let Some(code) = state.refused.get(&peer) {
                 return *code;

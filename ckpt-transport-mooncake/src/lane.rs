@@ -1,4 +1,5 @@
-//! One thread a peer: opens the peer's segment, submits reads, polls them, and checks the owner's ledger afterwards.
+//! One thread a peer: opens the peer's segment, submits transfers, polls them, and checks the owner's ledger: behind a
+//! batch, and before writes as well.
 //!
 //! A peer that does not answer blocks only its own thread; whoever waits is freed by the deadline.
 
@@ -13,12 +14,12 @@ use std::{
 use ckpt_core::{
     Error, ErrorKind, Key, Result,
     device::{BufferSlice, host::HostBuffer},
-    transport::ReadOp,
+    transport::{Transfer, Way},
 };
 
 use crate::{
     MooncakeError,
-    api::{READ, Request},
+    api::{READ, Request, WRITE},
     batch::Posted,
     engine::{Batch, Engine},
     keeper::Command,
@@ -36,7 +37,8 @@ const LATE_PAUSE: Duration = Duration::from_millis(50);
 
 /// One peer's part of a batch.
 pub(crate) struct Job {
-    pub(crate) ops: Vec<ReadOp>,
+    pub(crate) way: Way,
+    pub(crate) transfers: Vec<Transfer>,
     pub(crate) posted: Arc<Posted>,
 }
 
@@ -110,7 +112,7 @@ impl Lane {
         Ok(segment)
     }
 
-    /// Where the protocol asks for it, registers the memory that bytes will be read into.
+    /// Where the protocol asks for it, registers this side's memory.
     fn prepare(&self, memory: &[BufferSlice], deadline: Instant) -> Result<()> {
         if !self.engine.choice.protocol.registers_destinations() {
             return Ok(());
@@ -139,17 +141,20 @@ impl Lane {
     }
 }
 
-/// What is being read.
+/// What is under way.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Stage {
+    /// The ledger, before a write: memory that was released must not be written.
+    Before,
     Data,
-    Ledger,
+    /// The ledger: did all of it count?
+    After,
 }
 
-/// A range of the peer's memory and where it goes.
+/// A range of the peer's memory and this side's.
 struct Piece {
-    from: u64,
-    into: BufferSlice,
+    there: u64,
+    memory: BufferSlice,
 }
 
 struct Active {
@@ -188,32 +193,39 @@ impl Active {
             invalid: None,
         };
         active.invalid = active.plan().err();
+        active.begin();
         active
+    }
+
+    /// At the first stage again.
+    fn begin(&mut self) {
+        self.stage = if self.job.way == Way::Write { Stage::Before } else { Stage::Data };
+        self.submitted = 0;
     }
 
     /// Fewer and larger requests, and each region's record once.
     fn plan(&mut self) -> Result<()> {
-        for op in &self.job.ops {
-            if let Some(check) = Check::of(&op.region)?
+        for op in &self.job.transfers {
+            if let Some(check) = Check::of(self.job.way, &op.region)?
                 && !self.checks.contains(&check)
             {
                 self.checks.push(check);
             }
-            let (from, len) = (op.region.address + op.offset, op.into.len_bytes());
+            let (there, len) = (op.region.address + op.offset, op.memory.len_bytes());
             if let Some(last) = self.pieces.last_mut()
-                && last.from + last.into.len_bytes() == from
-                && Arc::ptr_eq(last.into.buffer(), op.into.buffer())
-                && last.into.offset() + last.into.len_bytes() == op.into.offset()
-                && last.into.len_bytes() + len <= REQUEST_BYTES
+                && last.there + last.memory.len_bytes() == there
+                && Arc::ptr_eq(last.memory.buffer(), op.memory.buffer())
+                && last.memory.offset() + last.memory.len_bytes() == op.memory.offset()
+                && last.memory.len_bytes() + len <= REQUEST_BYTES
             {
-                let range = last.into.offset()..op.into.offset() + len;
-                last.into = BufferSlice::new(op.into.buffer().clone(), range)?;
+                let range = last.memory.offset()..op.memory.offset() + len;
+                last.memory = BufferSlice::new(op.memory.buffer().clone(), range)?;
                 continue;
             }
             let mut start = 0;
             while start < len {
                 let end = len.min(start + REQUEST_BYTES);
-                self.pieces.push(Piece { from: from + start, into: op.into.slice(start..end)? });
+                self.pieces.push(Piece { there: there + start, memory: op.memory.slice(start..end)? });
                 start = end;
             }
         }
@@ -267,10 +279,13 @@ impl Active {
 
     /// Submits the next window; `false` if nothing is left.
     fn submit(&mut self, lane: &mut Lane) -> Result<bool> {
-        if self.stage == Stage::Data && self.submitted == self.pieces.len() {
-            (self.stage, self.submitted) = (Stage::Ledger, 0);
+        if self.stage == Stage::Before && self.submitted == self.checks.len() {
+            (self.stage, self.submitted) = (Stage::Data, 0);
         }
-        if self.stage == Stage::Ledger && self.submitted == self.checks.len() {
+        if self.stage == Stage::Data && self.submitted == self.pieces.len() {
+            (self.stage, self.submitted) = (Stage::After, 0);
+        }
+        if self.stage == Stage::After && self.submitted == self.checks.len() {
             return Ok(false);
         }
         let peer = lane.peer.clone();
@@ -281,10 +296,11 @@ impl Active {
             Stage::Data => {
                 let end = self.pieces.len().min(self.window + WINDOW);
                 let pieces = &self.pieces[self.window..end];
-                let request = |piece: &Piece| request(segment, piece.from, &piece.into);
-                (pieces.iter().map(request).collect(), pieces.iter().map(|p| p.into.clone()).collect())
+                let way = self.job.way;
+                let request = |piece: &Piece| request(way, segment, piece.there, &piece.memory);
+                (pieces.iter().map(request).collect(), pieces.iter().map(|p| p.memory.clone()).collect())
             }
-            Stage::Ledger => {
+            Stage::Before | Stage::After => {
                 let end = self.checks.len().min(self.window + WINDOW);
                 let scratch = match &self.scratch {
                     Some(scratch) => scratch.slice(),
@@ -293,7 +309,7 @@ impl Active {
                 let mut requests = Vec::new();
                 for (place, check) in (0..).zip(&self.checks[self.window..end]) {
                     let into = scratch.slice(place * RECORD_BYTES..(place + 1) * RECORD_BYTES)?;
-                    requests.push(request(segment, check.record, &into));
+                    requests.push(request(Way::Read, segment, check.record, &into));
                 }
                 (requests, vec![scratch])
             }
@@ -307,9 +323,11 @@ impl Active {
     }
 
     fn window_ended(&mut self) -> Result<()> {
-        let (Stage::Ledger, Some(scratch)) = (self.stage, &self.scratch) else { return Ok(()) };
+        let (Stage::Before | Stage::After, Some(scratch)) = (self.stage, &self.scratch) else {
+            return Ok(());
+        };
         let records = scratch.slice();
-        // SAFETY: the batch that wrote the scratch has ended, and only this read has it.
+        // SAFETY: the batch that wrote the scratch has ended, and only this job has it.
         let records = unsafe { records.as_slice() }?;
         let peer = self.peer();
         self.checks[self.window..self.submitted]
@@ -323,19 +341,22 @@ impl Active {
     fn failed(&mut self, lane: &mut Lane, failure: MooncakeError) -> Result<()> {
         tracing::debug!(peer = lane.peer, %failure, retried = self.retried, "a transfer failed");
         lane.stale = true;
-        lane.engine.reach(&lane.peer)?;
+        lane.engine.reach(self.job.way.operation(), &lane.peer)?;
         match self.stage {
             // Its keys may be those of an earlier registration.
-            Stage::Data if !self.retried => (self.retried, self.submitted) = (true, 0),
+            Stage::Data if !self.retried => {
+                self.retried = true;
+                self.begin();
+            }
             Stage::Data => {
                 self.failure = Some(failure);
                 // Straight to the ledger.
                 self.submitted = self.pieces.len();
             }
-            Stage::Ledger if !self.retried => (self.retried, self.submitted) = (true, 0),
-            Stage::Ledger => {
+            Stage::Before | Stage::After if !self.retried => (self.retried, self.submitted) = (true, 0),
+            Stage::Before | Stage::After => {
                 let what = "the owner does not serve its ledger: it has restarted; get its metas again";
-                return Err(Error::new(ErrorKind::Aborted, "read remote memory", what)
+                return Err(Error::new(ErrorKind::Aborted, self.job.way.operation(), what)
                     .with(Key::Peer, &lane.peer)
                     .caused_by(failure));
             }
@@ -345,11 +366,11 @@ impl Active {
 
     fn finish(&self) -> Result<()> {
         let Some(failure) = self.failure else { return Ok(()) };
-        let wanted = self.pieces.iter().map(|p| p.from).min().unwrap_or_default()
-            ..self.pieces.iter().map(|p| p.from + p.into.len_bytes()).max().unwrap_or_default();
+        let wanted = self.pieces.iter().map(|p| p.there).min().unwrap_or_default()
+            ..self.pieces.iter().map(|p| p.there + p.memory.len_bytes()).max().unwrap_or_default();
         Err(Error::new(
             ErrorKind::Backend,
-            "read remote memory",
+            self.job.way.operation(),
             format!(
                 "the peer is there but refuses addresses {:#x}..{:#x}: not registered there, or too long; get its metas again",
                 wanted.start, wanted.end
@@ -361,18 +382,19 @@ impl Active {
     }
 
     fn peer(&self) -> &str {
-        self.job.ops.first().map_or("", |op| &op.region.peer)
+        self.job.transfers.first().map_or("", |op| &op.region.peer)
     }
 
     fn retire(&mut self, lane: &mut Lane, outcome: Result<()>) {
         lane.scratch.extend(self.scratch.take());
         self.pieces.clear();
-        self.job.ops.clear();
+        self.job.transfers.clear();
         self.job.posted.part_ended(outcome);
     }
 }
 
-fn request(target: i32, from: u64, into: &BufferSlice) -> Request {
-    let (source, length) = (into.address(), into.len_bytes());
-    Request { opcode: READ, source, target, target_offset: from, length }
+fn request(way: Way, target: i32, there: u64, memory: &BufferSlice) -> Request {
+    let (source, length) = (memory.address(), memory.len_bytes());
+    let opcode = if way == Way::Read { READ } else { WRITE };
+    Request { opcode, source, target, target_offset: there, length }
 }

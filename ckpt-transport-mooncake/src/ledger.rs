@@ -17,14 +17,15 @@ use bytes::Bytes;
 use ckpt_core::{
     Error, ErrorKind, Key, Result,
     device::{Buffer, host::HostBuffer},
-    transport::RemoteRegion,
+    transport::{RemoteRegion, Way},
 };
 
 /// Four little-endian words: engine, generation, address, length.
 pub(crate) const RECORD_BYTES: u64 = 32;
 const RECORDS: u64 = 16384;
-/// First byte of a region's descriptor; then the record's address and the engine's number.
-const FORMAT: u8 = 1;
+/// First byte of a region's descriptor, by what peers may do; then the record's address and the engine's number.
+const READABLE: u8 = 1;
+const WRITABLE: u8 = 2;
 const DESCRIPTOR_BYTES: usize = 17;
 
 /// The table of one engine.
@@ -62,7 +63,13 @@ impl Ledger {
     }
 
     /// Writes a record for memory that is registered from now on.
-    pub(crate) fn enter(&self, peer: &str, address: u64, len_bytes: u64) -> Result<(u64, RemoteRegion)> {
+    pub(crate) fn enter(
+        &self,
+        peer: &str,
+        address: u64,
+        len_bytes: u64,
+        writable: bool,
+    ) -> Result<(u64, RemoteRegion)> {
         let (slot, generation) = {
             let mut state = self.lock();
             let slot = match state.free.pop() {
@@ -83,7 +90,7 @@ impl Ledger {
         self.word(slot, 2).store(address, Ordering::Relaxed);
         self.word(slot, 3).store(len_bytes, Ordering::Relaxed);
         self.word(slot, 1).store(generation, Ordering::Release);
-        let mut descriptor = vec![FORMAT];
+        let mut descriptor = vec![if writable { WRITABLE } else { READABLE }];
         descriptor.extend((self.memory.address() + slot * RECORD_BYTES).to_le_bytes());
         descriptor.extend(self.engine.to_le_bytes());
         let region = RemoteRegion {
@@ -119,16 +126,17 @@ pub(crate) struct Check {
     generation: u64,
     address: u64,
     len_bytes: u64,
+    way: Way,
 }
 
 impl Check {
     /// `None` for a region of checkpoint-engine's own instances: an address is all there is.
-    pub(crate) fn of(region: &RemoteRegion) -> Result<Option<Self>> {
+    pub(crate) fn of(way: Way, region: &RemoteRegion) -> Result<Option<Self>> {
         if region.descriptor.is_empty() {
             return Ok(None);
         }
         let words: Option<[u64; 2]> = (|descriptor: &Bytes| {
-            let [FORMAT, rest @ ..] = &descriptor[..] else { return None };
+            let [READABLE | WRITABLE, rest @ ..] = &descriptor[..] else { return None };
             if descriptor.len() != DESCRIPTOR_BYTES {
                 return None;
             }
@@ -138,10 +146,16 @@ impl Check {
         let [record, engine] = words.ok_or_else(|| {
             let what =
                 "the region was not described by the transport `mooncake`; get the owner's metas again";
-            Error::new(ErrorKind::ConfigInvalid, "read remote memory", what).with(Key::Peer, &region.peer)
+            Error::new(ErrorKind::ConfigInvalid, way.operation(), what).with(Key::Peer, &region.peer)
         })?;
+        if way == Way::Write && region.descriptor.first() == Some(&READABLE) {
+            // Mooncake itself would write it: whatever is registered can be written.
+            let what = format!("the owner lets region {} be read, and not written", region.generation);
+            let error = Error::new(ErrorKind::ConfigInvalid, way.operation(), what);
+            return Err(error.with(Key::Peer, &region.peer));
+        }
         let RemoteRegion { generation, address, len_bytes, .. } = *region;
-        Ok(Some(Self { record, engine, generation, address, len_bytes }))
+        Ok(Some(Self { record, engine, generation, address, len_bytes, way }))
     }
 
     /// Compares with the record that was read.
@@ -154,7 +168,7 @@ impl Check {
         if (word(0), word(1)) != (self.engine, self.generation) {
             return Err(Error::new(
                 ErrorKind::Aborted,
-                "read remote memory",
+                self.way.operation(),
                 format!(
                     "the owner has released region {} since it was described, or has restarted; get its metas again",
                     self.generation
@@ -164,7 +178,7 @@ impl Check {
         if word(2) != self.address || word(3) < self.len_bytes {
             return Err(Error::new(
                 ErrorKind::ConfigInvalid,
-                "read remote memory",
+                self.way.operation(),
                 format!(
                     "the owner's region {} is {} bytes of other memory; get its metas again",
                     self.generation,
@@ -188,16 +202,16 @@ mod tests {
     #[test]
     fn a_record_holds_until_it_is_cleared_and_generations_never_repeat() {
         let ledger = Ledger::new().unwrap();
-        let (slot, first) = ledger.enter("me:1", 4096, 100).unwrap();
-        let check = Check::of(&first).unwrap().unwrap();
+        let (slot, first) = ledger.enter("me:1", 4096, 100, false).unwrap();
+        let check = Check::of(Way::Read, &first).unwrap().unwrap();
         check.verify(&record(&check)).unwrap();
         let forged = RemoteRegion { len_bytes: 101, ..first.clone() };
-        let forged = Check::of(&forged).unwrap().unwrap();
+        let forged = Check::of(Way::Read, &forged).unwrap().unwrap();
         assert_eq!(forged.verify(&record(&forged)).unwrap_err().kind(), ErrorKind::ConfigInvalid);
         ledger.clear(slot);
         assert_eq!(check.verify(&record(&check)).unwrap_err().kind(), ErrorKind::Aborted);
         // The slot is used again, for the same memory: still another region.
-        let (again, second) = ledger.enter("me:1", 4096, 100).unwrap();
+        let (again, second) = ledger.enter("me:1", 4096, 100, false).unwrap();
         assert!(again == slot && second.generation > first.generation);
         assert_eq!(check.verify(&record(&check)).unwrap_err().kind(), ErrorKind::Aborted);
     }
@@ -211,22 +225,25 @@ mod tests {
             generation: 0,
             descriptor: Bytes::from_static(descriptor),
         };
-        assert_eq!(Check::of(&region(b"")).unwrap(), None);
-        for wrong in [&b"\x01"[..], b"\x02aaaaaaaabbbbbbbb", b"\x01aaaaaaaabbbbbbbbb"] {
-            let error = Check::of(&region(wrong)).unwrap_err();
+        assert_eq!(Check::of(Way::Read, &region(b"")).unwrap(), None);
+        for wrong in [&b"\x01"[..], b"\x03aaaaaaaabbbbbbbb", b"\x01aaaaaaaabbbbbbbbb"] {
+            let error = Check::of(Way::Read, &region(wrong)).unwrap_err();
             assert_eq!((error.kind(), error.get(Key::Peer)), (ErrorKind::ConfigInvalid, Some("a:1")));
         }
-        assert!(Check::of(&region(b"\x01aaaaaaaabbbbbbbb")).unwrap().is_some());
+        assert!(Check::of(Way::Read, &region(b"\x01aaaaaaaabbbbbbbb")).unwrap().is_some());
+        assert!(Check::of(Way::Write, &region(b"\x02aaaaaaaabbbbbbbb")).unwrap().is_some());
+        let refused = Check::of(Way::Write, &region(b"\x01aaaaaaaabbbbbbbb")).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ConfigInvalid);
     }
 
     #[test]
     fn a_full_ledger_says_so() {
         let ledger = Ledger::new().unwrap();
         for _ in 0..RECORDS {
-            ledger.enter("me", 1, 1).unwrap();
+            ledger.enter("me", 1, 1, true).unwrap();
         }
-        assert_eq!(ledger.enter("me", 1, 1).unwrap_err().kind(), ErrorKind::ResourceExhausted);
+        assert_eq!(ledger.enter("me", 1, 1, true).unwrap_err().kind(), ErrorKind::ResourceExhausted);
         ledger.clear(7);
-        assert_eq!(ledger.enter("me", 1, 1).unwrap().0, 7);
+        assert_eq!(ledger.enter("me", 1, 1, true).unwrap().0, 7);
     }
 }

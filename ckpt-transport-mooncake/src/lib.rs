@@ -81,4 +81,8 @@ impl TransportProvider for MooncakeProvider {
         })?;
         Ok(Arc::new(MooncakeTransport::start(Arc::new(found.native), config.bind, choice)?))
     }
+
+    fn broadcasts(&self) -> bool {
+        false
+    }
 }

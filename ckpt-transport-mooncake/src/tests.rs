@@ -87,7 +87,7 @@ impl Factory for Fakes {
 async fn conforms(protocol: Protocol) {
     let fakes = Fakes { fake: Fake::new(), protocol, folder: tempfile::tempdir().unwrap() };
     let report = conformance::one_sided(&fakes).await.unwrap_or_else(|error| panic!("{error}"));
-    assert_eq!((report.passed.len(), report.skipped.len()), (10, 0), "{report:?}");
+    assert_eq!((report.passed.len(), report.skipped.len()), (19, 0), "{report:?}");
     assert_eq!(fakes.fake.open_batches(), 0);
     assert_eq!(fakes.fake.ranges(), 0, "an engine is left");
 }

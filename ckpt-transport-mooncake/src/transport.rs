@@ -1,4 +1,4 @@
-//! The transport: registrations and posted reads of one engine.
+//! The transport: registrations and posted batches of one engine.
 
 use std::{
     collections::HashMap,
@@ -14,13 +14,16 @@ use async_trait::async_trait;
 use ckpt_core::{
     Error, ErrorKind, Key, Result,
     device::{Buffer, BufferSlice, Event, MemoryKind},
-    transport::{Capability, Collective, OneSided, ReadOp, Registration, RemoteRegion, Transport},
+    transport::{
+        Capability, Collective, OneSided, ReadOp, Registration, RemoteRegion, Transfer, Transport, Way,
+        WriteOp,
+    },
 };
 use tokio::sync::oneshot;
 
 use crate::{
     api::Api,
-    batch::{InFlight, Posted, ReadEvent},
+    batch::{Ending, InFlight, Posted},
     engine::Engine,
     keeper::{self, Command},
     lane::{self, Job},
@@ -30,7 +33,6 @@ use crate::{
 
 /// Ending an engine takes about half a second; a process that exits under it may crash in Mooncake's exit handlers.
 const END_TIME: Duration = Duration::from_secs(3);
-const READ: &str = "read remote memory";
 
 /// What the transport and its registrations share.
 struct Shared {
@@ -136,6 +138,7 @@ impl Transport for MooncakeTransport {
         Capability {
             collective: false,
             one_sided: true,
+            one_sided_write: true,
             across_processes: true,
             across_hosts: self.shared.across_hosts,
             devices: &["host"],
@@ -154,6 +157,24 @@ impl Transport for MooncakeTransport {
 #[async_trait]
 impl OneSided for MooncakeTransport {
     async fn register(&self, buffer: Arc<dyn Buffer>) -> Result<Arc<dyn Registration>> {
+        self.lend(buffer, false).await
+    }
+
+    fn post_read(&self, batch: Vec<ReadOp>, deadline: Instant) -> Result<Event> {
+        self.post(Way::Read, batch.into_iter().map(Transfer::from).collect(), deadline)
+    }
+
+    async fn register_writable(&self, buffer: Arc<dyn Buffer>) -> Result<Arc<dyn Registration>> {
+        self.lend(buffer, true).await
+    }
+
+    fn post_write(&self, batch: Vec<WriteOp>, deadline: Instant) -> Result<Event> {
+        self.post(Way::Write, batch.into_iter().map(Transfer::from).collect(), deadline)
+    }
+}
+
+impl MooncakeTransport {
+    async fn lend(&self, buffer: Arc<dyn Buffer>, writable: bool) -> Result<Arc<dyn Registration>> {
         let shared = &self.shared;
         check_memory(buffer.memory(), shared.protocol, "register memory")?;
         let (address, len_bytes) = (buffer.address(), buffer.len_bytes());
@@ -162,7 +183,7 @@ impl OneSided for MooncakeTransport {
         answer.await.map_err(|_| {
             Error::new(ErrorKind::Internal, "register memory", "Mooncake's keeper thread has ended")
         })??;
-        match shared.ledger.enter(&shared.address, address, len_bytes) {
+        match shared.ledger.enter(&shared.address, address, len_bytes, writable) {
             Ok((slot, region)) => Ok(Arc::new(Registered { region, slot, shared: shared.clone() })),
             Err(error) => {
                 shared.tell_keeper(Command::Withdraw { address })?;
@@ -171,24 +192,25 @@ impl OneSided for MooncakeTransport {
         }
     }
 
-    fn post_read(&self, batch: Vec<ReadOp>, deadline: Instant) -> Result<Event> {
-        for op in &batch {
-            check_read(op, self.shared.protocol).map_err(|error| error.with(Key::Peer, &op.region.peer))?;
+    fn post(&self, way: Way, batch: Vec<Transfer>, deadline: Instant) -> Result<Event> {
+        for transfer in &batch {
+            check(transfer, way, self.shared.protocol)
+                .map_err(|error| error.with(Key::Peer, &transfer.region.peer))?;
         }
-        let mut by_peer: Vec<(String, Vec<ReadOp>)> = Vec::new();
-        let into: Vec<BufferSlice> = batch.iter().map(|op| op.into.clone()).collect();
-        for op in batch {
-            match by_peer.iter_mut().find(|(peer, _)| *peer == op.region.peer) {
-                Some((_, ops)) => ops.push(op),
-                None => by_peer.push((op.region.peer.clone(), vec![op])),
+        let mut by_peer: Vec<(String, Vec<Transfer>)> = Vec::new();
+        let memory: Vec<BufferSlice> = batch.iter().map(|transfer| transfer.memory.clone()).collect();
+        for transfer in batch {
+            match by_peer.iter_mut().find(|(peer, _)| *peer == transfer.region.peer) {
+                Some((_, transfers)) => transfers.push(transfer),
+                None => by_peer.push((transfer.region.peer.clone(), vec![transfer])),
             }
         }
         let peers: Vec<&str> = by_peer.iter().map(|(peer, _)| peer.as_str()).collect();
-        let into: Vec<&BufferSlice> = into.iter().collect();
-        let posted = Posted::new(&peers, deadline, &into);
-        self.shared.in_flight.admit(&posted, &into)?;
+        let memory: Vec<&BufferSlice> = memory.iter().collect();
+        let posted = Posted::new(way, &peers, deadline, &memory);
+        self.shared.in_flight.admit(&posted, &memory)?;
         self.shared.with_lines(|lines| {
-            for (peer, ops) in by_peer {
+            for (peer, transfers) in by_peer {
                 let lane = match lines.lanes.get(&peer) {
                     Some(lane) => Ok(lane),
                     None => lane::start(lines.engine.clone(), &peer, lines.keeper.clone())
@@ -196,8 +218,9 @@ impl OneSided for MooncakeTransport {
                 };
                 // Parts that are under way already keep the event from ending too early.
                 let sent = lane.and_then(|lane| {
-                    lane.send(Job { ops, posted: posted.clone() }).map_err(|_| {
-                        Error::new(ErrorKind::Internal, READ, "a thread of Mooncake's has ended")
+                    lane.send(Job { way, transfers, posted: posted.clone() }).map_err(|_| {
+                        let what = "a thread of Mooncake's has ended";
+                        Error::new(ErrorKind::Internal, way.operation(), what)
                     })
                 });
                 if let Err(error) = sent {
@@ -206,7 +229,7 @@ impl OneSided for MooncakeTransport {
             }
             Ok(())
         })?;
-        Ok(Event::new(ReadEvent(posted)))
+        Ok(Event::new(Ending(posted)))
     }
 }
 
@@ -218,22 +241,16 @@ fn check_memory(memory: MemoryKind, protocol: Protocol, operation: &'static str)
     Ok(())
 }
 
-fn check_read(op: &ReadOp, protocol: Protocol) -> Result<()> {
-    check_memory(op.into.memory(), protocol, READ)?;
-    let RemoteRegion { peer, address, len_bytes, .. } = &*op.region;
+fn check(transfer: &Transfer, way: Way, protocol: Protocol) -> Result<()> {
+    check_memory(transfer.memory.memory(), protocol, way.operation())?;
+    let peer = &transfer.region.peer;
     let port =
         peer.rsplit_once(':').and_then(|(host, port)| port.parse::<u16>().ok().filter(|_| !host.is_empty()));
     if port.is_none() || peer.contains('\0') {
         let what = "this is no address of a Mooncake engine (`host:port`)";
-        return Err(Error::new(ErrorKind::ConfigInvalid, READ, what));
+        return Err(Error::new(ErrorKind::ConfigInvalid, way.operation(), what));
     }
-    let (len, offset) = (op.into.len_bytes(), op.offset);
-    let end = offset.checked_add(len).filter(|end| end <= len_bytes);
-    if end.is_none() || address.checked_add(*len_bytes).is_none() {
-        let what = format!("{len} bytes at {offset} are outside the region's {len_bytes}");
-        return Err(Error::new(ErrorKind::ConfigInvalid, READ, what));
-    }
-    Ok(())
+    transfer.check(way)
 }
 
 struct Registered {

@@ -114,6 +114,7 @@ impl Transport for NcclTransport {
         Capability {
             collective: true,
             one_sided: false,
+            one_sided_write: false,
             across_processes: true,
             across_hosts: true,
             devices: &["cuda"],

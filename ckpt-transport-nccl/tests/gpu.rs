@@ -25,7 +25,7 @@ use ckpt_core::{
     worker::NativeWorker,
 };
 use ckpt_transport_nccl::{
-    NcclProvider,
+    CudaIpcProvider, NcclProvider,
     device::{
         CudaProvider, Driver, DriverCell,
         worker::{CudaMapper, DeviceParameters},
@@ -65,13 +65,7 @@ impl Factory for Gpus {
     }
 
     fn transport(&self, _rank: u32, device: &Arc<dyn DeviceBackend>) -> Result<Arc<dyn Transport>> {
-        self.nccl.open(&TransportConfig {
-            bind: Ipv4Addr::LOCALHOST.into(),
-            runtime_dir: std::env::temp_dir(),
-            secret: Vec::new(),
-            connections: 1,
-            device: device.clone(),
-        })
+        self.nccl.open(&config(device))
     }
 
     fn max_members(&self) -> u32 {
@@ -80,6 +74,16 @@ impl Factory for Gpus {
 
     fn detects_mismatch(&self) -> bool {
         false
+    }
+}
+
+fn config(device: &Arc<dyn DeviceBackend>) -> TransportConfig {
+    TransportConfig {
+        bind: Ipv4Addr::LOCALHOST.into(),
+        runtime_dir: std::env::temp_dir(),
+        secret: Vec::new(),
+        connections: 1,
+        device: device.clone(),
     }
 }
 
@@ -107,6 +111,43 @@ async fn nccl_conforms() {
         (report.passed.len(), report.skipped.len()),
         (members * 6 + 1 + (members - 1) * 3, members - 1)
     );
+}
+
+/// The same GPUs with copies between them. Members of one process need no mapping; scripts/gpu/check.sh has processes.
+struct Copies(Gpus, CudaIpcProvider);
+
+impl Factory for Copies {
+    fn device(&self, rank: u32) -> Result<Arc<dyn DeviceBackend>> {
+        self.0.device(rank)
+    }
+
+    fn transport(&self, _rank: u32, device: &Arc<dyn DeviceBackend>) -> Result<Arc<dyn Transport>> {
+        self.1.open(&config(device))
+    }
+
+    fn max_members(&self) -> u32 {
+        self.0.max_members()
+    }
+
+    fn detects_mismatch(&self) -> bool {
+        true
+    }
+
+    fn later_work_waits(&self) -> bool {
+        false
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+#[ignore = "needs NVIDIA GPUs: cargo test -p ckpt-transport-nccl --test gpu -- --ignored"]
+async fn cuda_ipc_conforms() {
+    let gpus = Gpus::new();
+    let ipc = CudaIpcProvider::new(DriverCell::of(Driver::load().unwrap()));
+    let copies = Copies(gpus, ipc);
+    let report = conformance::collective(&copies).await.unwrap();
+    show(&report);
+    let members = copies.max_members() as usize;
+    assert_eq!((report.passed.len(), report.skipped.len()), (members * 6 + 1 + (members - 1) * 4, 0));
 }
 
 /// Tensors of 4 KiB, each filled with a byte of its own, in a ring that holds all of them.

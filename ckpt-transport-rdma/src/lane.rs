@@ -1,28 +1,43 @@
-//! One queue pair of a reader, and the batches whose pieces it carries.
+//! One queue pair of this side, and the batches whose pieces it carries.
 
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError,
     atomic::{AtomicU64, Ordering},
 };
 
-use ckpt_core::device::BufferSlice;
+use ckpt_core::{device::BufferSlice, transport::Way};
 use tokio::sync::Notify;
 
-use crate::{error::VerbsError, memory::MrSet, nic::Nic, queue::SendQueue, sys::Sge, verbs::Qp};
+use crate::{
+    error::VerbsError,
+    memory::MrSet,
+    nic::Nic,
+    queue::SendQueue,
+    sys::{self, Sge},
+    verbs::Qp,
+};
 
 /// Numbers of work requests: each lane has its own range.
 static LANES: AtomicU64 = AtomicU64::new(1);
 
-/// One work request. It owns the memory that the device writes.
+/// One work request. It owns the memory that the device writes or reads.
 #[derive(Debug)]
 pub(crate) struct Piece {
     pub(crate) batch: Arc<Batch>,
     /// Which piece of the batch.
     pub(crate) index: usize,
-    pub(crate) into: BufferSlice,
+    pub(crate) way: Way,
+    pub(crate) memory: BufferSlice,
     pub(crate) registered: Arc<MrSet>,
     pub(crate) remote_address: u64,
     pub(crate) remote_key: u32,
+}
+
+const fn opcode(way: Way) -> u32 {
+    match way {
+        Way::Read => sys::WR_RDMA_READ,
+        Way::Write => sys::WR_RDMA_WRITE,
+    }
 }
 
 /// Why a piece did not arrive.
@@ -141,14 +156,14 @@ impl Lane {
     fn pump(&self, queue: &mut SendQueue<Piece>) {
         while let Some((piece, number, signalled)) = queue.start() {
             let local = Sge {
-                addr: piece.into.address(),
-                length: piece.into.len_bytes() as u32,
+                addr: piece.memory.address(),
+                length: piece.memory.len_bytes() as u32,
                 lkey: piece.registered.local_key(self.nic.index),
             };
             let remote = (piece.remote_address, piece.remote_key);
             // SAFETY: the piece owns memory and registration, and stays in `queue` until its completion was polled or
-            // the queue pair was destroyed; the caller of the transport lets nobody else use the destination.
-            let posted = unsafe { self.qp.post_read(number, local, remote, signalled) };
+            // the queue pair was destroyed; the caller of the transport lets nobody else write it.
+            let posted = unsafe { self.qp.post(opcode(piece.way), number, local, remote, signalled) };
             if let Err(error) = posted {
                 // The device has not taken it. Those before it may be unsignalled: the error state flushes them.
                 let failed = queue.fail(number);
@@ -203,9 +218,9 @@ impl Lane {
                 hca: self.nic.name().to_owned(),
                 lane: self.index,
             });
-            let Piece { batch, into, registered, .. } = piece;
+            let Piece { batch, memory, registered, .. } = piece;
             // The memory is free before anybody is told.
-            drop((into, registered));
+            drop((memory, registered));
             batch.finish(failure);
         }
     }
@@ -222,13 +237,13 @@ impl Drop for Lane {
         if !abandoned.is_empty() {
             tracing::error!(
                 hca = self.nic.name(),
-                "{} reads never completed; their memory is kept",
+                "{} requests never completed; their memory is kept",
                 abandoned.len()
             );
         }
         for piece in abandoned {
-            let Piece { batch, into, registered, index, .. } = piece;
-            std::mem::forget((into, registered));
+            let Piece { batch, memory, registered, index, .. } = piece;
+            std::mem::forget((memory, registered));
             let hca = self.nic.name().to_owned();
             batch.finish(Some(Failure { index, error: FLUSHED, hca, lane: self.index }));
         }

@@ -1,24 +1,25 @@
-//! RDMA through verbs (`libibverbs`), and through UCX with the cargo feature `ucx`.
+//! One-sided transports: RDMA through verbs (`libibverbs`), and with the cargo feature `ucx` whatever UCX has.
 //!
-//! The transport `rdma` reads host memory of other processes over reliable-connected queue pairs, striped over queue
+//! The transport `rdma` reads and writes host memory of other processes over reliable-connected queue pairs, striped over queue
 //! pairs and NICs; the owner's code takes no part in moving bytes. A small TCP connection beside the queue pairs
 //! exchanges their numbers, proves the job's secret, and answers whether a region still lives. `docs/rdma.md` says how
 //! devices are chosen; `docs/unsafe.md` how the library is called without its headers.
 //!
-//! UCX is looked for and not driven; `probe` never says "available" for something that `open` cannot do.
+//! The transport `ucx` does the same through UCX, which chooses between shared memory, RDMA and TCP (`ucx/`).
 
 mod config;
 mod connection;
+mod ending;
 mod error;
 mod lane;
 mod library;
 mod memory;
+mod mover;
 mod nic;
 mod node;
 mod owner;
 mod pair;
 mod queue;
-mod reader;
 mod sys;
 mod transport;
 #[cfg(feature = "ucx")]
@@ -66,7 +67,7 @@ impl RdmaProvider {
         }
         match refused {
             Some(error) if usable.is_empty() => Err(error),
-            _ => Ok(format!("{}, {} ({rule}); reads only", api.path, usable.join(", "))),
+            _ => Ok(format!("{}, {} ({rule}); one-sided only", api.path, usable.join(", "))),
         }
     }
 }
@@ -87,6 +88,10 @@ impl TransportProvider for RdmaProvider {
     fn open(&self, config: &TransportConfig) -> Result<Arc<dyn Transport>> {
         let node = Node::start(&self.config, config)?;
         Ok(Arc::new(RdmaTransport { node }))
+    }
+
+    fn broadcasts(&self) -> bool {
+        false
     }
 }
 

@@ -1,4 +1,4 @@
-//! Registered memory: what this process lets others read, and where it reads to.
+//! Registered memory: what this process lets others read or write, and where its own bytes go and come from.
 
 use std::{
     collections::HashMap,
@@ -8,11 +8,33 @@ use std::{
 use ckpt_core::{
     Error, ErrorKind, Result,
     device::{Buffer, BufferSlice, MemoryKind},
-    transport::{Registration, RemoteRegion},
+    transport::{Registration, RemoteRegion, Transfer, Way},
 };
 use serde::{Deserialize, Serialize};
 
 use crate::{nic::Nic, sys, verbs::Mr};
+
+/// Who may do what with registered memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// Only this process's own transfers.
+    Local,
+    /// Peers read it.
+    Read,
+    /// Peers read and write it.
+    ReadWrite,
+}
+
+impl Access {
+    const fn flags(self) -> i32 {
+        match self {
+            Access::Local => sys::ACCESS_LOCAL_WRITE,
+            Access::Read => sys::ACCESS_REMOTE_READ,
+            // Verbs want local writing wherever there is remote writing.
+            Access::ReadWrite => sys::ACCESS_LOCAL_WRITE | sys::ACCESS_REMOTE_WRITE | sys::ACCESS_REMOTE_READ,
+        }
+    }
+}
 
 /// One buffer, registered with every NIC of the transport.
 #[derive(Debug)]
@@ -20,7 +42,7 @@ pub(crate) struct MrSet(Vec<Mr>);
 
 impl MrSet {
     /// Blocks: pages are pinned.
-    pub(crate) fn register(nics: &[Arc<Nic>], buffer: &dyn Buffer, remote: bool) -> Result<Self> {
+    pub(crate) fn register(nics: &[Arc<Nic>], buffer: &dyn Buffer, access: Access) -> Result<Self> {
         if buffer.memory() == MemoryKind::Device {
             return Err(Error::new(
                 ErrorKind::Unsupported,
@@ -28,10 +50,9 @@ impl MrSet {
                 "this transport moves host memory only; read into host memory and copy it to the device",
             ));
         }
-        let access = if remote { sys::ACCESS_REMOTE_READ } else { sys::ACCESS_LOCAL_WRITE };
         // Verbs refuse regions of no bytes.
         let nics = if buffer.len_bytes() == 0 { &[] } else { nics };
-        nics.iter().map(|nic| Mr::register(&nic.pd, buffer, access)).collect::<Result<_>>().map(Self)
+        nics.iter().map(|nic| Mr::register(&nic.pd, buffer, access.flags())).collect::<Result<_>>().map(Self)
     }
 
     pub(crate) fn local_key(&self, nic: usize) -> u32 {
@@ -43,7 +64,7 @@ impl MrSet {
     }
 }
 
-/// Registrations that are kept for the next read into the same buffer, until the buffer is gone.
+/// Registrations that are kept for the next transfer with the same buffer, until the buffer is gone.
 #[derive(Debug, Default)]
 pub(crate) struct MrCache(Mutex<Vec<Kept>>);
 
@@ -61,14 +82,14 @@ impl MrCache {
         self.lock().iter().find(|(kept, _)| same(kept)).map(|(_, set)| set.clone())
     }
 
-    /// The registration of `buffer` for reads into it.
+    /// The registration of `buffer` for transfers with it.
     pub(crate) async fn get(&self, nics: &[Arc<Nic>], buffer: &Arc<dyn Buffer>) -> Result<Arc<MrSet>> {
         self.prune();
         if let Some(set) = self.find(buffer) {
             return Ok(set);
         }
-        let set = Arc::new(register(nics, buffer, false).await?);
-        // Two reads that came at once both registered it; one of the two is kept.
+        let set = Arc::new(register(nics, buffer, Access::Local).await?);
+        // Two transfers that came at once both registered it; one of the two is kept.
         self.lock().push((Arc::downgrade(buffer), set.clone()));
         Ok(set)
     }
@@ -88,9 +109,9 @@ impl MrCache {
 }
 
 /// Registers without blocking the runtime. A cancelled caller leaves no registration behind.
-pub(crate) async fn register(nics: &[Arc<Nic>], buffer: &Arc<dyn Buffer>, remote: bool) -> Result<MrSet> {
+pub(crate) async fn register(nics: &[Arc<Nic>], buffer: &Arc<dyn Buffer>, access: Access) -> Result<MrSet> {
     let (nics, buffer) = (nics.to_vec(), buffer.clone());
-    tokio::task::spawn_blocking(move || MrSet::register(&nics, &*buffer, remote)).await.unwrap_or_else(|e| {
+    tokio::task::spawn_blocking(move || MrSet::register(&nics, &*buffer, access)).await.unwrap_or_else(|e| {
         Err(Error::new(ErrorKind::Internal, "register memory", "the task ended").caused_by(e))
     })
 }
@@ -100,8 +121,10 @@ pub(crate) async fn register(nics: &[Arc<Nic>], buffer: &Arc<dyn Buffer>, remote
 pub(crate) struct Claim {
     pub(crate) generation: u64,
     pub(crate) address: u64,
-    /// Bytes from the region's start to the end of the last read.
+    /// Bytes from the region's start to the end of the last transfer.
     pub(crate) end: u64,
+    /// It wants to write.
+    pub(crate) write: bool,
 }
 
 /// All live regions of one transport.
@@ -113,7 +136,7 @@ struct RegionsState {
     /// One counter, so it also rises when the same memory is registered again.
     last: u64,
     /// By generation.
-    live: HashMap<u64, Arc<dyn Buffer>>,
+    live: HashMap<u64, (Arc<dyn Buffer>, Access)>,
 }
 
 impl Regions {
@@ -122,71 +145,125 @@ impl Regions {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn add(&self, buffer: Arc<dyn Buffer>) -> u64 {
+    pub(crate) fn add(&self, buffer: Arc<dyn Buffer>, access: Access) -> u64 {
         let mut state = self.lock();
         state.last += 1;
         let generation = state.last;
-        state.live.insert(generation, buffer);
+        state.live.insert(generation, (buffer, access));
         generation
     }
 
-    fn remove(&self, generation: u64) {
+    pub(crate) fn remove(&self, generation: u64) {
         let buffer = self.lock().live.remove(&generation);
         drop(buffer);
     }
 
     /// The memory of a region that lives.
     pub(crate) fn buffer(&self, generation: u64) -> Option<Arc<dyn Buffer>> {
-        self.lock().live.get(&generation).cloned()
+        self.lock().live.get(&generation).map(|(buffer, _)| buffer.clone())
     }
 
     /// Whether all of `claims` hold.
     pub(crate) fn check(&self, claims: &[Claim]) -> Result<()> {
         let state = self.lock();
-        let error = |kind, message: String| Err(Error::new(kind, "read remote memory", message));
-        for claim in claims {
-            let generation = claim.generation;
-            match state.live.get(&generation) {
-                None if generation == 0 || generation > state.last => {
-                    let what = format!("the owner never gave out region {generation}; get its metas again");
-                    return error(ErrorKind::ConfigInvalid, what);
-                }
-                None => {
-                    let what = format!(
-                        "the owner has released region {generation} since it was described; get its metas again"
-                    );
-                    return error(ErrorKind::Aborted, what);
-                }
-                Some(buffer) if buffer.address() != claim.address => {
-                    let what =
-                        format!("region {generation} of the owner is other memory; get its metas again");
-                    return error(ErrorKind::ConfigInvalid, what);
-                }
-                Some(buffer) if claim.end > buffer.len_bytes() => {
-                    let what = format!("byte {} is outside the region's {}", claim.end, buffer.len_bytes());
-                    return error(ErrorKind::ConfigInvalid, what);
-                }
-                Some(_) => {}
-            }
-        }
-        Ok(())
+        claims.iter().try_for_each(|claim| state.find(claim).map(drop))
+    }
+
+    /// The memory of `claims`, if all hold: it stays while the answer does.
+    #[cfg(feature = "ucx")]
+    pub(crate) fn hold(&self, claims: &[Claim]) -> Result<Vec<Arc<dyn Buffer>>> {
+        let state = self.lock();
+        claims.iter().map(|claim| state.find(claim).cloned()).collect()
+    }
+
+    /// Copies `from` to the end of the claimed range of this process's own region. The lock keeps the region alive
+    /// meanwhile, so `from` should be short.
+    fn put(&self, claim: &Claim, from: &BufferSlice) -> Result<()> {
+        let state = self.lock();
+        let buffer = state.find(claim)?;
+        let start = claim.end - from.len_bytes();
+        copy(from, &BufferSlice::new(buffer.clone(), start..claim.end)?)
     }
 }
 
-/// Copies a part of this process's own region; both stay alive. Blocks.
-pub(crate) fn copy(from: &BufferSlice, into: &BufferSlice) -> Result<()> {
+impl RegionsState {
+    /// The memory of a claim that holds.
+    fn find(&self, claim: &Claim) -> Result<&Arc<dyn Buffer>> {
+        let generation = claim.generation;
+        let way = if claim.write { Way::Write } else { Way::Read };
+        let error = |kind, message: String| Err(Error::new(kind, way.operation(), message));
+        match self.live.get(&generation) {
+            None if generation == 0 || generation > self.last => {
+                let what = format!("the owner never gave out region {generation}; get its metas again");
+                error(ErrorKind::ConfigInvalid, what)
+            }
+            None => {
+                let what = format!(
+                    "the owner has released region {generation} since it was described; get its metas again"
+                );
+                error(ErrorKind::Aborted, what)
+            }
+            Some((buffer, _)) if buffer.address() != claim.address => {
+                let what = format!("region {generation} of the owner is other memory; get its metas again");
+                error(ErrorKind::ConfigInvalid, what)
+            }
+            Some((buffer, _)) if claim.end > buffer.len_bytes() => {
+                let what = format!("byte {} is outside the region's {}", claim.end, buffer.len_bytes());
+                error(ErrorKind::ConfigInvalid, what)
+            }
+            Some((_, access)) if claim.write && *access != Access::ReadWrite => {
+                let what = format!("the owner lets region {generation} be read, and not written");
+                error(ErrorKind::ConfigInvalid, what)
+            }
+            Some((buffer, _)) => Ok(buffer),
+        }
+    }
+}
+
+/// A transfer with this process's own region, which was checked; both memories stay alive. Blocks. `late` is asked now
+/// and then.
+pub(crate) fn transfer_own(
+    regions: &Regions,
+    way: Way,
+    transfer: &Transfer,
+    late: impl Fn() -> Result<()>,
+) -> Result<()> {
+    let (len, piece) = (transfer.memory.len_bytes(), if way == Way::Read { 64 << 20 } else { 1 << 20 });
+    // A region that was released since tells in the check afterwards.
+    let Some(buffer) = regions.buffer(transfer.region.generation) else { return Ok(()) };
+    let mut start = 0;
+    while start < len {
+        late()?;
+        let end = len.min(start + piece);
+        let (mine, there) =
+            (transfer.memory.slice(start..end)?, transfer.offset + start..transfer.offset + end);
+        match way {
+            Way::Read => copy(&BufferSlice::new(buffer.clone(), there)?, &mine)?,
+            Way::Write => {
+                let RemoteRegion { generation, address, .. } = *transfer.region;
+                let claim = Claim { generation, address, end: there.end, write: true };
+                regions.put(&claim, &mine)?;
+            }
+        }
+        start = end;
+    }
+    Ok(())
+}
+
+/// Copies within this process; both stay alive.
+fn copy(from: &BufferSlice, into: &BufferSlice) -> Result<()> {
     let (source, target) = (from.host_ptr()?, into.host_ptr()?);
     if from.len_bytes() != into.len_bytes() {
-        return Err(Error::new(ErrorKind::Internal, "read remote memory", "source and destination differ"));
+        return Err(Error::new(ErrorKind::Internal, "copy memory", "source and destination differ"));
     }
-    // SAFETY: both slices keep their memory mapped; the destination is the read's own until its event has completed,
-    // and it may overlap the source. An owner that changes registered memory gives up the region first, and then the
-    // reader is told.
+    // SAFETY: both slices keep their memory mapped; this side's is the transfer's own until its event has completed, and
+    // it may overlap the other. An owner that changes registered memory gives up the region first, and then the peer is
+    // told.
     unsafe { std::ptr::copy(source.as_ptr(), target.as_ptr(), into.len_bytes() as usize) };
     Ok(())
 }
 
-/// Memory that peers can read until this is dropped.
+/// Memory that peers can read, or also write, until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Registered {
     pub(crate) region: RemoteRegion,
@@ -223,18 +300,22 @@ mod tests {
         let regions = Regions::default();
         let memory = HostBuffer::allocate(100).unwrap();
         let here = memory.address();
-        let generation = regions.add(memory.clone());
+        let generation = regions.add(memory.clone(), Access::Read);
         let kind = |generation, address, end| {
-            regions.check(&[Claim { generation, address, end }]).map_err(|e| e.kind())
+            regions.check(&[Claim { generation, address, end, write: false }]).map_err(|e| e.kind())
         };
         assert_eq!(kind(generation, here, 100), Ok(()));
         assert_eq!(kind(generation, here, 101), Err(ErrorKind::ConfigInvalid));
         assert_eq!(kind(generation, here + 1, 1), Err(ErrorKind::ConfigInvalid));
         assert_eq!(kind(generation + 1, here, 1), Err(ErrorKind::ConfigInvalid));
         assert_eq!(kind(0, here, 1), Err(ErrorKind::ConfigInvalid));
+        let write = Claim { generation, address: here, end: 1, write: true };
+        assert_eq!(regions.check(&[write]).unwrap_err().kind(), ErrorKind::ConfigInvalid);
+        let open = Claim { generation: regions.add(memory.clone(), Access::ReadWrite), ..write };
+        regions.check(&[open]).unwrap();
         regions.remove(generation);
         assert!(regions.buffer(generation).is_none());
-        assert!(regions.add(memory) > generation);
+        assert!(regions.add(memory, Access::Read) > generation);
         assert_eq!(kind(generation, here, 1), Err(ErrorKind::Aborted));
     }
 

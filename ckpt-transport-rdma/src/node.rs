@@ -16,7 +16,7 @@ use crate::{
     library::Api,
     memory::{MrCache, Regions},
     nic::Nic,
-    owner,
+    owner::{self, Door},
     wire::{Descriptor, Id, random},
 };
 
@@ -89,7 +89,10 @@ impl Node {
             job_secret: transport.secret.clone(),
             state: Mutex::default(),
         });
-        tokio::spawn(node.stop.clone().run_until_cancelled_owned(owner::accept(node.clone(), listener)));
+        let door = Door { key: node.key(&node.secret), id: node.id, stop: node.stop.clone() };
+        let served = node.clone();
+        let accept = owner::accept(door, listener, move |stream| owner::serve(served.clone(), stream));
+        tokio::spawn(node.stop.clone().run_until_cancelled_owned(accept));
         tokio::spawn(node.stop.clone().run_until_cancelled_owned(prune(node.clone())));
         Ok(node)
     }

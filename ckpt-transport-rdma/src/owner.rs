@@ -8,11 +8,12 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
 };
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     node::Node,
     verbs::{Path, Qp},
-    wire::{Answer, End, Request, examine, random, receive, send},
+    wire::{Answer, End, Id, Request, examine, random, receive, send},
 };
 
 /// A stranger must have introduced itself by then.
@@ -35,9 +36,23 @@ pub(crate) fn tune(stream: &TcpStream) -> std::io::Result<()> {
     )
 }
 
-/// Takes readers until the node stops.
-pub(crate) async fn accept(node: Arc<Node>, listener: TcpListener) {
+/// Who may come in.
+pub(crate) struct Door {
+    /// What both sides must know.
+    pub(crate) key: Vec<u8>,
+    /// Names the transport.
+    pub(crate) id: Id,
+    pub(crate) stop: CancellationToken,
+}
+
+/// Takes connections and serves those that know the secret, until the door's token is cancelled.
+pub(crate) async fn accept<F: Future<Output = ()> + Send + 'static>(
+    door: Door,
+    listener: TcpListener,
+    serve: impl Fn(TcpStream) -> F + Clone + Send + 'static,
+) {
     let strangers = Arc::new(Semaphore::new(STRANGERS));
+    let Door { key, id, stop } = door;
     loop {
         // The semaphore is never closed.
         let Ok(permit) = strangers.clone().acquire_owned().await else { return };
@@ -50,12 +65,11 @@ pub(crate) async fn accept(node: Arc<Node>, listener: TcpListener) {
                 continue;
             }
         };
-        let (node, stop) = (node.clone(), node.stop.clone());
-        tokio::spawn(stop.run_until_cancelled_owned(async move {
-            let key = node.key(&node.secret);
+        let (key, serve) = (key.clone(), serve.clone());
+        tokio::spawn(stop.clone().run_until_cancelled_owned(async move {
             let introduced = async {
                 tune(&stream).map_err(crate::wire::broken)?;
-                examine(&mut stream, &key, &node.id).await
+                examine(&mut stream, &key, &id).await
             };
             match tokio::time::timeout(HELLO_TIME, introduced).await {
                 Ok(Ok(())) => {}
@@ -63,15 +77,19 @@ pub(crate) async fn accept(node: Arc<Node>, listener: TcpListener) {
                 Err(_) => return tracing::debug!("a connection did not introduce itself in time"),
             }
             drop(permit);
-            if let Err(error) = serve(&node, &mut stream).await {
-                tracing::debug!(%error, "a reader left");
-            }
+            serve(stream).await;
         }));
     }
 }
 
-/// Answers one reader until it leaves; then its queue pairs go.
-async fn serve(node: &Arc<Node>, stream: &mut TcpStream) -> Result<()> {
+/// Answers one peer until it leaves; then its queue pairs go.
+pub(crate) async fn serve(node: Arc<Node>, mut stream: TcpStream) {
+    if let Err(error) = answer(&node, &mut stream).await {
+        tracing::debug!(%error, "a peer left");
+    }
+}
+
+async fn answer(node: &Arc<Node>, stream: &mut TcpStream) -> Result<()> {
     let mut held: Vec<Qp> = Vec::new();
     loop {
         match receive::<Request>(stream).await? {

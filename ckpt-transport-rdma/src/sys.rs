@@ -247,12 +247,14 @@ pub(crate) struct AsyncEvent {
 }
 
 pub(crate) const ACCESS_LOCAL_WRITE: c_int = 1;
+pub(crate) const ACCESS_REMOTE_WRITE: c_int = 1 << 1;
 pub(crate) const ACCESS_REMOTE_READ: c_int = 1 << 2;
 pub(crate) const QPT_RC: c_uint = 2;
 pub(crate) const QPS_INIT: c_uint = 1;
 pub(crate) const QPS_RTR: c_uint = 2;
 pub(crate) const QPS_RTS: c_uint = 3;
 pub(crate) const QPS_ERR: c_uint = 6;
+pub(crate) const WR_RDMA_WRITE: c_uint = 0;
 pub(crate) const WR_RDMA_READ: c_uint = 4;
 pub(crate) const SEND_SIGNALED: c_uint = 2;
 pub(crate) const PORT_ACTIVE: c_uint = 4;

@@ -1,31 +1,25 @@
 //! The transport `rdma`: the one-sided facet over verbs.
 
-use std::{
-    any::Any,
-    collections::HashMap,
-    fmt,
-    net::SocketAddr,
-    sync::{Arc, OnceLock},
-    time::Instant,
-};
+use std::{collections::HashMap, fmt, net::SocketAddr, sync::Arc, time::Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use ckpt_core::{
     Error, ErrorKind, Key, Result,
-    device::{Buffer, Event, EventState},
-    transport::{Capability, Collective, OneSided, ReadOp, Registration, RemoteRegion, Transport},
+    device::{Buffer, Event},
+    transport::{
+        Capability, Collective, OneSided, ReadOp, Registration, RemoteRegion, Transfer, Transport, Way,
+        WriteOp,
+    },
 };
-use tokio::sync::Notify;
 
 use crate::{
-    memory::{Registered, register},
+    ending,
+    memory::{Access, Registered, register},
+    mover::{self, Job},
     node::{Node, Peer},
-    reader,
     wire::{Descriptor, decode, encode},
 };
-
-const OPERATION: &str = "read remote memory";
 
 pub(crate) struct RdmaTransport {
     pub(crate) node: Arc<Node>,
@@ -53,6 +47,7 @@ impl Transport for RdmaTransport {
         Capability {
             collective: false,
             one_sided: true,
+            one_sided_write: true,
             across_processes: true,
             across_hosts: !self.node.listens.ip().is_loopback(),
             devices: &["host"],
@@ -71,8 +66,26 @@ impl Transport for RdmaTransport {
 #[async_trait]
 impl OneSided for RdmaTransport {
     async fn register(&self, buffer: Arc<dyn Buffer>) -> Result<Arc<dyn Registration>> {
+        self.lend(buffer, Access::Read).await
+    }
+
+    fn post_read(&self, batch: Vec<ReadOp>, deadline: Instant) -> Result<Event> {
+        self.post(Way::Read, batch, deadline)
+    }
+
+    async fn register_writable(&self, buffer: Arc<dyn Buffer>) -> Result<Arc<dyn Registration>> {
+        self.lend(buffer, Access::ReadWrite).await
+    }
+
+    fn post_write(&self, batch: Vec<WriteOp>, deadline: Instant) -> Result<Event> {
+        self.post(Way::Write, batch, deadline)
+    }
+}
+
+impl RdmaTransport {
+    async fn lend(&self, buffer: Arc<dyn Buffer>, access: Access) -> Result<Arc<dyn Registration>> {
         let node = &self.node;
-        let keys = register(&node.nics, &buffer, true).await?;
+        let keys = register(&node.nics, &buffer, access).await?;
         let descriptor = Descriptor {
             version: 1,
             id: node.id,
@@ -84,62 +97,34 @@ impl OneSided for RdmaTransport {
             peer: node.listens.to_string(),
             address: buffer.address(),
             len_bytes: buffer.len_bytes(),
-            generation: node.regions.add(buffer),
+            generation: node.regions.add(buffer, access),
             descriptor: Bytes::from(encode(&descriptor)?),
         };
         let regions = node.regions.clone();
         Ok(Arc::new(Registered { region, keys: Some(keys), regions }))
     }
 
-    fn post_read(&self, batch: Vec<ReadOp>, deadline: Instant) -> Result<Event> {
-        let runtime = tokio::runtime::Handle::try_current().map_err(|e| {
-            Error::new(ErrorKind::Internal, OPERATION, "must be called in a tokio runtime").caused_by(e)
-        })?;
-        let mut owners: HashMap<Peer, Vec<(ReadOp, Descriptor)>> = HashMap::new();
+    fn post(&self, way: Way, batch: Vec<impl Into<Transfer>>, deadline: Instant) -> Result<Event> {
+        let operation = way.operation();
+        let mut owners: HashMap<Peer, Vec<(Transfer, Descriptor)>> = HashMap::new();
         for op in batch {
-            check(&op)?;
-            let (address, descriptor) = owner_of(&op.region)?;
-            owners.entry((address, descriptor.id)).or_default().push((op, descriptor));
+            let transfer: Transfer = op.into();
+            transfer.check_on_host(way)?;
+            let (address, descriptor) = owner_of(operation, &transfer.region)?;
+            owners.entry((address, descriptor.id)).or_default().push((transfer, descriptor));
         }
-        let state = Arc::new(Completion::default());
-        let ended = Ended(state.clone());
-        let node = self.node.clone();
-        runtime.spawn(async move {
-            let reads = owners.into_iter().map(|(peer, ops)| {
-                let node = node.clone();
-                tokio::spawn(async move { reader::read(&node, peer, ops, deadline).await })
-            });
-            let mut outcome = Ok(());
-            // All are waited for, also after a failure: then no device touches the batch's memory any more.
-            for read in reads.collect::<Vec<_>>() {
-                let read = read.await.unwrap_or_else(|e| {
-                    Err(Error::new(ErrorKind::Internal, OPERATION, "a task ended").caused_by(e))
-                });
-                outcome = outcome.and(read);
-            }
-            ended.0.complete(outcome);
+        let jobs = owners.into_iter().map(|(peer, transfers)| {
+            let (node, job) = (self.node.clone(), Job { way, transfers });
+            async move { mover::run(&node, peer, job, deadline).await }
         });
-        Ok(Event::new(ReadEvent(state)))
+        ending::spawn(operation, jobs.collect())
     }
 }
 
-/// A read must lie in its region and land in host memory.
-fn check(op: &ReadOp) -> Result<()> {
-    op.into.host_ptr()?;
-    let (len, region) = (op.into.len_bytes(), op.region.len_bytes);
-    let inside = op.offset.checked_add(len).is_some_and(|end| end <= region);
-    let addressable = op.region.address.checked_add(region).is_some();
-    if inside && addressable {
-        return Ok(());
-    }
-    let what = format!("{len} bytes at {} are outside the region's {region}", op.offset);
-    Err(Error::new(ErrorKind::ConfigInvalid, OPERATION, what))
-}
-
-fn owner_of(region: &RemoteRegion) -> Result<(SocketAddr, Descriptor)> {
+fn owner_of(operation: &'static str, region: &RemoteRegion) -> Result<(SocketAddr, Descriptor)> {
     let error = || {
         let what = "the region was not described by the transport `rdma`";
-        Error::new(ErrorKind::ConfigInvalid, OPERATION, what).with(Key::Peer, &region.peer)
+        Error::new(ErrorKind::ConfigInvalid, operation, what).with(Key::Peer, &region.peer)
     };
     let address = region.peer.parse().map_err(|e: std::net::AddrParseError| error().caused_by(e))?;
     let descriptor: Descriptor = decode(&region.descriptor).map_err(|e| error().caused_by(e))?;
@@ -148,62 +133,4 @@ fn owner_of(region: &RemoteRegion) -> Result<(SocketAddr, Descriptor)> {
         return Err(error());
     }
     Ok((address, descriptor))
-}
-
-/// Set once, when a batch has ended.
-#[derive(Debug, Default)]
-struct Completion {
-    outcome: OnceLock<Result<()>>,
-    notify: Notify,
-}
-
-impl Completion {
-    fn complete(&self, outcome: Result<()>) {
-        // A second call is the guard after a finished batch.
-        let _ = self.outcome.set(outcome);
-        self.notify.notify_waiters();
-    }
-}
-
-/// Completes an event also when its task is dropped with the runtime. The work requests own their memory, so that the
-/// event's failure does not free it.
-struct Ended(Arc<Completion>);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        self.0.complete(Err(Error::new(ErrorKind::Aborted, OPERATION, "the runtime of this read has ended")));
-    }
-}
-
-#[derive(Debug)]
-struct ReadEvent(Arc<Completion>);
-
-#[async_trait]
-impl EventState for ReadEvent {
-    fn is_complete(&self) -> Result<bool> {
-        self.0.outcome.get().map_or(Ok(false), |outcome| outcome.clone().map(|()| true))
-    }
-
-    async fn done(&self, deadline: Instant) -> Result<()> {
-        let wait = async {
-            loop {
-                let mut notified = std::pin::pin!(self.0.notify.notified());
-                notified.as_mut().enable();
-                if let Some(outcome) = self.0.outcome.get() {
-                    return outcome.clone();
-                }
-                notified.await;
-            }
-        };
-        tokio::time::timeout_at(deadline.into(), wait).await.unwrap_or_else(|_| {
-            // A completion that raced with the deadline counts.
-            self.0.outcome.get().cloned().unwrap_or_else(|| {
-                Err(Error::new(ErrorKind::Timeout, "wait for a read", "it did not end by its deadline"))
-            })
-        })
-    }
-
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
 }

@@ -344,19 +344,19 @@ impl Qp {
         check(step, unsafe { (self.pd.context.api.symbols.modify_qp)(self.raw.as_ptr(), &mut attr, mask) })
     }
 
-    /// Lets the peer read what is registered for that.
+    /// Lets the peer read and write what is registered for that.
     pub(crate) fn to_init(&self, port: u8) -> Result<(), VerbsError> {
         let attr = sys::QpAttr {
             qp_state: sys::QPS_INIT,
             port_num: port,
-            qp_access_flags: sys::ACCESS_REMOTE_READ as u32,
+            qp_access_flags: (sys::ACCESS_REMOTE_READ | sys::ACCESS_REMOTE_WRITE) as u32,
             ..Default::default()
         };
         use sys::mask::{ACCESS_FLAGS, PKEY_INDEX, PORT, STATE};
         self.modify(attr, STATE | PKEY_INDEX | PORT | ACCESS_FLAGS, "ibv_modify_qp to INIT")
     }
 
-    /// Makes it answer reads. Blocks while the kernel resolves the peer's address (seconds if it is not there).
+    /// Makes it answer the peer. Blocks while the kernel resolves the peer's address (seconds if it is not there).
     pub(crate) fn to_rtr(&self, path: &Path) -> Result<(), VerbsError> {
         let grh = sys::GlobalRoute {
             dgid: path.remote_gid,
@@ -411,13 +411,14 @@ impl Qp {
         self.modify(attr, sys::mask::STATE, "ibv_modify_qp to ERR")
     }
 
-    /// Posts one read.
+    /// Posts one read or write (`opcode`).
     ///
     /// # Safety
     /// `local` must stay mapped and registered, and nothing else may use it, until the request has completed or the
     /// queue pair was destroyed.
-    pub(crate) unsafe fn post_read(
+    pub(crate) unsafe fn post(
         &self,
+        opcode: u32,
         id: u64,
         mut local: sys::Sge,
         remote: (u64, u32),
@@ -433,7 +434,7 @@ impl Qp {
             next: null_mut(),
             sg_list: &mut local,
             num_sge: 1,
-            opcode: sys::WR_RDMA_READ,
+            opcode,
             send_flags: if signalled { sys::SEND_SIGNALED } else { 0 },
             imm_data: 0,
             remote_addr: remote.0,

@@ -9,7 +9,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use crate::{memory::Claim, nic::NicAddress};
 
 /// The first bytes of every connection; the last one is the protocol's version.
-const MAGIC: [u8; 8] = *b"ckptrdm\x01";
+const MAGIC: [u8; 8] = *b"ckptrdm\x02";
 /// No frame is longer.
 const FRAME_LIMIT: usize = 1 << 20;
 

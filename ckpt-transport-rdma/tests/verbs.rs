@@ -103,7 +103,7 @@ fn sent_packets(device: &str) -> u64 {
 #[ignore = "needs an RDMA device: integration-tests/rdma-vm/test.sh"]
 async fn one_sided_conformance() {
     let report = conformance::one_sided(&Verbs::new()).await.unwrap();
-    assert_eq!((report.passed.len(), report.skipped.len()), (10, 0), "{report:?}");
+    assert_eq!((report.passed.len(), report.skipped.len()), (19, 0), "{report:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -173,6 +173,88 @@ async fn a_lost_link_is_survived_by_the_other() {
     ip("up");
     outcome.unwrap();
     second.unwrap();
+}
+
+/// Runs a tool of iproute2 that must succeed.
+fn tool(program: &str, arguments: &str) {
+    let done = Command::new(program).args(arguments.split(' ')).status().unwrap();
+    assert!(done.success(), "{program} {arguments}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "loses all packets of a network interface: integration-tests/rdma-vm/test.sh"]
+async fn lost_packets_are_an_error_in_time_and_the_next_read_works() {
+    let links = ["a0", "a1"];
+    let verbs = Verbs::new();
+    let (owner, reader) = (verbs.open(0), verbs.open(1));
+    let memory = HostBuffer::from_bytes(&bytes(4 << 20)).unwrap();
+    let registration = owner.one_sided().unwrap().register(memory).await.unwrap();
+    read(&reader, registration.region()).await.unwrap();
+    for link in links {
+        tool("/sbin/tc", &format!("qdisc add dev {link} root netem loss 100%"));
+    }
+    let began = Instant::now();
+    let outcome = read(&reader, registration.region()).await;
+    println!("without any packet: {outcome:?} in {:?}", began.elapsed());
+    for link in links {
+        tool("/sbin/tc", &format!("qdisc del dev {link} root"));
+    }
+    let error = outcome.unwrap_err();
+    assert!([ErrorKind::PeerLost, ErrorKind::Timeout].contains(&error.kind()), "{error}");
+    assert_eq!(error.get(Key::Peer), Some(registration.region().peer.as_str()));
+    assert!(error.get(Key::Hca).is_some_and(|hca| !hca.is_empty()), "{error}");
+    assert!(began.elapsed() < Duration::from_secs(70), "{:?}", began.elapsed());
+    read(&reader, registration.region()).await.unwrap();
+}
+
+/// Between reader and owner: ends the owner's side of the first connection when told, and the reader's much later.
+async fn proxy(owner: String, mut cut: tokio::sync::oneshot::Receiver<()>) -> String {
+    let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        let mut first = true;
+        loop {
+            let (mut here, _) = listener.accept().await.unwrap();
+            let mut there = tokio::net::TcpStream::connect(&owner).await.unwrap();
+            if std::mem::take(&mut first) {
+                tokio::select! {
+                    _ = tokio::io::copy_bidirectional(&mut here, &mut there) => {}
+                    _ = &mut cut => {
+                        drop(there);
+                        // So long the reader knows of it only from its queue pairs.
+                        tokio::time::sleep(Duration::from_secs(6)).await;
+                    }
+                }
+            } else {
+                tokio::spawn(async move { tokio::io::copy_bidirectional(&mut here, &mut there).await });
+            }
+        }
+    });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs an RDMA device: integration-tests/rdma-vm/test.sh"]
+async fn a_destroyed_queue_pair_is_replaced_and_nothing_is_lost() {
+    let verbs = Verbs::new();
+    let (owner, reader) = (verbs.open(0), verbs.open(1));
+    let memory = HostBuffer::from_bytes(&bytes(8 << 20)).unwrap();
+    let registration = owner.one_sided().unwrap().register(memory).await.unwrap();
+    let (cut, told) = tokio::sync::oneshot::channel();
+    let peer = proxy(registration.region().peer.clone(), told).await;
+    let region = RemoteRegion { peer, ..registration.region().clone() };
+    read(&reader, &region).await.unwrap();
+    let flying = {
+        let (reader, region) = (reader.clone(), region.clone());
+        tokio::spawn(async move { read(&reader, &region).await })
+    };
+    // The owner's queue pairs go with its side of the TCP connection.
+    cut.send(()).unwrap();
+    let began = Instant::now();
+    let outcome = flying.await.unwrap();
+    println!("a read over queue pairs that were destroyed: {outcome:?} in {:?}", began.elapsed());
+    outcome.unwrap();
+    read(&reader, &region).await.unwrap();
 }
 
 /// Another process that lets its memory be read; it is this test again, told so by the environment.

@@ -89,39 +89,65 @@ impl Job {
     /// Starts `ckpt update` of this checkpoint on all ranks, each with an engine of its own that speaks the native
     /// protocol; `options` may say otherwise.
     pub fn update(&self, options: &[&str]) -> Ranks {
-        let ports = TcpSocket::new_v4().and_then(|socket| {
+        self.update_in(&[], options)
+    }
+
+    /// The same with environment variables.
+    pub fn update_in(&self, env: &[(&str, &str)], options: &[&str]) -> Ranks {
+        let mut ranks = self.absent();
+        for rank in 0..self.world_size {
+            self.start_in(env, &mut ranks, rank, options);
+        }
+        ranks
+    }
+
+    /// The ranks of a job of which none has come yet.
+    pub fn absent(&self) -> Ranks {
+        let hub = TcpSocket::new_v4().and_then(|socket| {
             // Bound and never listening: nobody else is given the port, and the hub, which reuses addresses, gets it.
             socket.set_reuseaddr(true)?;
             socket.bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
-            Ok((socket.local_addr()?, socket))
+            Ok(socket)
         });
-        let (hub, reserved) = ports.expect("a free port");
-        let world_size = self.world_size.to_string();
-        let start = |rank: u32| {
-            let rank = rank.to_string();
-            let mut program = Program::new(self.program).args(["update", "--json", "--device", "host"]);
-            program = program.arg("--checkpoint-path").arg(self.checkpoint());
-            for (name, value) in
-                [("--worker-protocol", "native"), ("--inference-parallel-size", "1"), ("--bucket-mib", "1")]
-            {
-                if !options.contains(&name) {
-                    program = program.args([name, value]);
-                }
-            }
-            if !options.contains(&"--endpoint") {
-                program = program.arg("--uds").arg(self.path("worker-{rank}.sock"));
-            }
-            let variables = [
-                ("RANK", rank.as_str()),
-                ("WORLD_SIZE", &world_size),
-                ("LOCAL_RANK", &rank),
-                ("LOCAL_WORLD_SIZE", &world_size),
-                ("CKPT_HUB_ADDRESS", &hub.to_string()),
-            ];
-            let program = variables.into_iter().fold(program, |p, (name, value)| p.env(name, value));
-            program.env("CKPT_RUNTIME_DIR", self.runtime_dir()).args(options).spawn()
+        Ranks { processes: (0..self.world_size).map(|_| None).collect(), hub: hub.expect("a free port") }
+    }
+
+    /// Starts one rank of `ckpt update`, as [`Job::update`] starts all; `options` that begin with a command run that.
+    pub fn start(&self, ranks: &mut Ranks, rank: u32, options: &[&str]) {
+        self.start_in(&[], ranks, rank, options);
+    }
+
+    fn start_in(&self, env: &[(&str, &str)], ranks: &mut Ranks, rank: u32, options: &[&str]) {
+        let (command, options) = match options.split_first() {
+            Some((command, options)) if !command.starts_with('-') => (*command, options),
+            _ => ("update", options),
         };
-        Ranks { processes: (0..self.world_size).map(|rank| Some(start(rank))).collect(), _hub: reserved }
+        let mut program = Program::new(self.program).args([command, "--json", "--device", "host"]);
+        if command == "update" {
+            program = program.arg("--checkpoint-path").arg(self.checkpoint());
+        }
+        for (name, value) in
+            [("--worker-protocol", "native"), ("--inference-parallel-size", "1"), ("--bucket-mib", "1")]
+        {
+            if !options.contains(&name) {
+                program = program.args([name, value]);
+            }
+        }
+        if !options.contains(&"--endpoint") {
+            program = program.arg("--uds").arg(self.path("worker-{rank}.sock"));
+        }
+        let (rank_text, world_size) = (rank.to_string(), self.world_size.to_string());
+        let hub = ranks.hub.local_addr().expect("a bound socket has an address").to_string();
+        let variables = [
+            ("RANK", rank_text.as_str()),
+            ("WORLD_SIZE", &world_size),
+            ("LOCAL_RANK", &rank_text),
+            ("LOCAL_WORLD_SIZE", &world_size),
+            ("CKPT_HUB_ADDRESS", &hub),
+        ];
+        let program = variables.iter().chain(env).fold(program, |p, (name, value)| p.env(*name, *value));
+        let process = program.env("CKPT_RUNTIME_DIR", self.runtime_dir()).args(options).spawn();
+        ranks.processes[rank as usize] = Some(process);
     }
 
     /// Waits until a rank's engine is in the middle of its first update.
@@ -172,7 +198,7 @@ pub fn digests(source: &CheckpointSource) -> BTreeMap<String, Value> {
 #[derive(Debug)]
 pub struct Ranks {
     processes: Vec<Option<Process>>,
-    _hub: TcpSocket,
+    hub: TcpSocket,
 }
 
 impl Ranks {
@@ -184,6 +210,11 @@ impl Ranks {
     /// Takes one rank out; [`Ranks::finish`] leaves it to the caller.
     pub fn take(&mut self, rank: u32) -> Process {
         self.processes[rank as usize].take().expect("the rank was not taken")
+    }
+
+    /// The ranks that are running and were not taken.
+    pub fn present(&mut self) -> impl Iterator<Item = (u32, &mut Process)> {
+        (0..).zip(&mut self.processes).filter_map(|(rank, process)| Some((rank, process.as_mut()?)))
     }
 
     /// Waits until all ranks that were not taken have ended.

@@ -1,10 +1,12 @@
 //! Helpers of the integration tests: processes with deadlines that die with their test, whole jobs of them, engines
 //! that misbehave, and a tiny HTTP client.
 
+pub mod ascend;
 mod engine;
 mod http;
 mod job;
 mod process;
+pub mod schema;
 
 pub use engine::{FakeEngine, Script};
 pub use http::{Reply, http_get};

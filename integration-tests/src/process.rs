@@ -119,6 +119,14 @@ impl Process {
         found.unwrap_or_else(|| panic!("{} never printed `{text}`\n{}", self.shown, self.logs()))
     }
 
+    /// The same of a process that needs longer than [`LONG`].
+    pub async fn stdout_line_within(&mut self, text: &str, within: Duration) -> String {
+        let found = self.stdout.line_within(text, within).await;
+        found.unwrap_or_else(|| {
+            panic!("{} did not print `{text}` within {within:?}\n{}", self.shown, self.logs())
+        })
+    }
+
     /// Waits for a line of stderr that contains `text`.
     pub async fn stderr_line(&mut self, text: &str) -> String {
         let found = self.stderr.line(text).await;
@@ -225,6 +233,10 @@ impl Captured {
     }
 
     async fn line(&mut self, text: &str) -> Option<String> {
+        self.line_within(text, LONG).await
+    }
+
+    async fn line_within(&mut self, text: &str, within: Duration) -> Option<String> {
         let search = |captured: &Self| {
             let lines = captured.lines.lock().unwrap_or_else(PoisonError::into_inner);
             lines.iter().find(|line| line.contains(text)).cloned()
@@ -239,7 +251,7 @@ impl Captured {
                 }
             }
         };
-        tokio::time::timeout(LONG, wait).await.ok().flatten()
+        tokio::time::timeout(within, wait).await.ok().flatten()
     }
 
     async fn end(&mut self, within: Duration) {

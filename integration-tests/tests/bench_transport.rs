@@ -7,7 +7,7 @@ async fn bench(transport: &str, op: &str, ranks: u32, sizes: &str) -> Value {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let program = ckpt!("bench", "transport", "--device", "host", "--transport", transport, "--op", op)
         .args(["--sizes", sizes, "--ranks", &ranks.to_string()])
-        .args(["--warmup", "1", "--iters", "11", "--check", "--json"])
+        .args(["--warmup", "1", "--iters", "11", "--depth", "4", "--check", "--json"])
         .env("CKPT_RUNTIME_DIR", folder.path().join("run"));
     program.finish().await.expect_code(0).json()
 }
@@ -23,7 +23,8 @@ fn check(report: &Value, op: &str, transport: &str, ranks: u32, sizes: &[u64]) {
         assert_eq!(line["wrong_bytes"], json!(0), "{line}");
         let time = number(line, "time_us");
         assert!(time > 0.0);
-        if op == "read" {
+        if ["read", "write"].contains(&op) {
+            assert!((number(line, "msg_rate_mpps") * time - 1.0).abs() < 1e-6, "{line}");
             assert!(number(line, "p50_us") <= number(line, "p99_us"), "{line}");
             assert!(number(line, "avg_gb_per_s") <= number(line, "peak_gb_per_s"), "{line}");
         } else {
@@ -36,7 +37,7 @@ fn check(report: &Value, op: &str, transport: &str, ranks: u32, sizes: &[u64]) {
 
 #[tokio::test]
 async fn local_ranks_are_tasks() {
-    for op in ["broadcast", "allgather", "read"] {
+    for op in ["broadcast", "allgather", "read", "write"] {
         // 100001 is no multiple of 3: the parts of the allgather differ.
         check(&bench("local", op, 3, "1,100001,1MiB").await, op, "local", 3, &[1, 100_001, 1 << 20]);
     }
@@ -44,14 +45,16 @@ async fn local_ranks_are_tasks() {
 
 #[tokio::test]
 async fn tcp_ranks_are_processes() {
-    for op in ["broadcast", "allgather", "read"] {
+    for op in ["broadcast", "allgather", "read", "write"] {
         check(&bench("tcp", op, 2, "4KiB,1MB").await, op, "tcp", 2, &[4096, 1_000_000]);
     }
 }
 
 #[tokio::test]
-async fn a_rank_alone_reads_its_own_memory() {
-    check(&bench("tcp", "read", 1, "64KiB").await, "read", "tcp", 1, &[65_536]);
+async fn a_rank_alone_works_on_its_own_memory() {
+    for op in ["read", "write"] {
+        check(&bench("tcp", op, 1, "64KiB").await, op, "tcp", 1, &[65_536]);
+    }
 }
 
 #[tokio::test]

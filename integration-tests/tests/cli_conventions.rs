@@ -28,7 +28,7 @@ async fn doctor_fails_where_the_runtime_folder_cannot_be_used() {
         ckpt!("doctor", "--json").env("CKPT_RUNTIME_DIR", &file).finish().await.expect_code(1).json();
     assert_eq!(report["healthy"], false);
     let failed =
-        report["system"].as_array().unwrap().iter().find(|check| check["verdict"] == "failed").unwrap();
+        report["findings"].as_array().unwrap().iter().find(|check| check["verdict"] == "error").unwrap();
     assert!(failed["detail"].as_str().unwrap().contains("CKPT_RUNTIME_DIR"), "{failed}");
 }
 

@@ -63,7 +63,7 @@ async fn suite() {
         return;
     }
     let report = conformance::one_sided(&Real::new()).await.unwrap_or_else(|error| panic!("{error}"));
-    assert_eq!((report.passed.len(), report.skipped.len()), (10, 0), "{report:?}");
+    assert_eq!((report.passed.len(), report.skipped.len()), (19, 0), "{report:?}");
 }
 
 #[test]

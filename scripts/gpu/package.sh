@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Puts what scripts/gpu/compare.sh needs on a machine without a toolchain into FOLDER: `ckpt`, stripped, and the wheels.
+# Puts what scripts/gpu/compare.sh and check.sh need on a machine without a toolchain into FOLDER: `ckpt`, stripped, and
+# the wheels. For check.sh's conformance rows run scripts/gpu/build.sh with the same FOLDER.
 #   scripts/gpu/package.sh FOLDER
 # PYTHON=3.12 names the Python of that machine; torch and numpy must be there already.
 set -eu
@@ -8,8 +9,8 @@ mkdir -p "$folder/wheels"
 cd "$(dirname "$0")/../.."
 cargo build --release -p ckpt-cli
 strip -o "$folder/ckpt" target/release/ckpt
-# The folder is enough by itself: bash FOLDER/compare.sh FOLDER
-cp scripts/gpu/compare.sh scripts/gpu/*.py "$folder/"
+# The folder is enough by itself: bash FOLDER/compare.sh FOLDER; bash FOLDER/check.sh FOLDER
+cp scripts/gpu/compare.sh scripts/gpu/check.sh scripts/gpu/*.py "$folder/"
 if ! ls "$folder"/wheels/checkpoint_engine-*.whl >/dev/null 2>&1; then
     get() {
         pip download -q --only-binary=:all: --python-version "${PYTHON:-3.12}" --platform manylinux2014_x86_64 \

@@ -58,7 +58,7 @@ pub(crate) struct DemoArgs {
     /// How bytes reach other ranks
     #[arg(long, default_value = "auto", value_name = "NAME")]
     transport: String,
-    /// Where the weights go; with cuda each rank has a GPU
+    /// Where the weights go; with cuda or ascend each rank has a device of its own
     #[arg(long, default_value = "host", value_name = "KIND")]
     device: String,
     /// Updates to make
@@ -229,7 +229,9 @@ async fn update(args: &DemoArgs, checkpoint: &Path, scratch: &Path) -> anyhow::R
     command.args(["--inference-parallel-size", "1", "--transport", &args.transport]);
     command.args(["--checkpoint-name", "demo", "--repeat", &args.repeat.to_string()]);
     command.arg("--checkpoint-path").arg(checkpoint).arg("--uds").arg(scratch.join("worker-{rank}.sock"));
-    let output = command.stdout(Stdio::piped()).output().await.context("run the update")?;
+    // Not `output()`, which would take stderr away from the log.
+    let child = command.stdout(Stdio::piped()).spawn().context("start the update")?;
+    let output = child.wait_with_output().await.context("run the update")?;
     let text = String::from_utf8_lossy(&output.stdout);
     let last = text.lines().rev().find(|line| line.starts_with('{'));
     match (output.status.success(), last) {

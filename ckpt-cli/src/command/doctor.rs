@@ -1,45 +1,58 @@
 //! `ckpt doctor`: what this machine and this build can do, and what is missing.
 
+mod engine;
+mod limits;
+mod network;
 mod rdma;
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
-use ckpt_core::{device::runtime_dir, transport::Probe};
+use ckpt_core::transport::Probe;
 use clap::Args;
-use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
-use crate::{Context, exit::Exit, features, output::Table, output::format_bytes};
+use crate::{Context, device_checks, exit::Exit, features, machine::Machine, output::Table};
 
-/// Look for devices, transports and limits, and say what is missing
+/// Look for devices, transports, limits, ports and engines, and say what is missing and how to get it
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
   ckpt doctor
-  ckpt doctor --json | jq '.transports[] | select(.available)'
+  ckpt doctor --endpoint http://localhost:8000
+  ckpt doctor --json | jq '.findings[] | select(.verdict != \"ok\")'
   ckpt doctor --record .
 
-A transport or device that is not available is no error. The exit code is 1 if a check under
-`system` has failed.")]
+A transport or device that is not available is no error: most machines have few of them. The exit code is that of the worst
+finding: 1 for an error, else 0; with --strict a warning counts as an error.")]
 pub(crate) struct DoctorArgs {
+    /// Also look at the engine that listens here, and at its mode; `--endpoint unix:PATH` for a socket
+    #[arg(long, value_name = "URL")]
+    endpoint: Vec<String>,
+    /// Exit with 1 for warnings, too
+    #[arg(long)]
+    strict: bool,
     /// Save what the choice of an RDMA device looks at as DIR/rdma-tree.txt, to go with a report
     #[arg(long, value_name = "DIR")]
     record: Option<PathBuf>,
 }
 
+/// What `--json` prints: `docs/schemas/doctor.json`.
 #[derive(Serialize)]
 struct Report {
     version: &'static str,
     features: Vec<&'static str>,
+    /// The worst of the findings.
+    verdict: Verdict,
+    /// No finding is an error.
     healthy: bool,
     devices: Vec<Backend>,
     transports: Vec<Backend>,
     rdma: rdma::RdmaReport,
-    system: Vec<Check>,
+    findings: Vec<Finding>,
+    machine: Machine,
 }
 
 #[derive(Serialize)]
@@ -49,37 +62,80 @@ struct Backend {
     detail: String,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+/// How bad a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Verdict {
     Ok,
     Warning,
-    Failed,
+    Error,
 }
 
-#[derive(Serialize)]
-struct Check {
-    name: &'static str,
+/// One thing that was looked at.
+#[derive(Clone, Debug, Serialize)]
+struct Finding {
+    area: &'static str,
+    name: String,
     verdict: Verdict,
     detail: String,
+    /// What to do about it, unless it is well.
+    fix: Option<String>,
+}
+
+impl Finding {
+    fn ok(area: &'static str, name: impl Into<String>, detail: impl Into<String>) -> Self {
+        Self { area, name: name.into(), verdict: Verdict::Ok, detail: detail.into(), fix: None }
+    }
+
+    fn warning(
+        area: &'static str,
+        name: impl Into<String>,
+        detail: impl Into<String>,
+        fix: impl Into<String>,
+    ) -> Self {
+        let fix = Some(fix.into());
+        Self { area, name: name.into(), verdict: Verdict::Warning, detail: detail.into(), fix }
+    }
+
+    fn error(
+        area: &'static str,
+        name: impl Into<String>,
+        detail: impl Into<String>,
+        fix: impl Into<String>,
+    ) -> Self {
+        Self { verdict: Verdict::Error, ..Self::warning(area, name, detail, fix) }
+    }
 }
 
 pub(crate) async fn run(args: DoctorArgs, context: &Context) -> anyhow::Result<ExitCode> {
     let registry = &context.registry;
+    let mut engines = Vec::new();
+    for endpoint in &args.endpoint {
+        engines.extend(engine::look(endpoint).await);
+    }
     // Probes open native libraries, whose initialisers may take their time: not on the runtime's own threads.
     let report = tokio::task::block_in_place(|| {
         let devices = registry.devices().map(|d| backend(d.kind(), d.probe())).collect();
         let transports = registry.transports().map(|t| backend(t.name(), t.probe())).collect();
-        let system = vec![kernel(), runtime_folder(), shared_memory(), memory_lock(), open_files()];
-        let healthy = system.iter().all(|check| check.verdict != Verdict::Failed);
+        let env = |name: &str| std::env::var(name).ok();
+        let mut findings = limits::look();
+        findings.extend(network::look(&env));
+        findings.extend(device_checks().into_iter().map(|(name, good, detail)| match good {
+            true => Finding::ok("device", name, detail),
+            false => Finding::warning("device", name, detail, "docs/ascend.md says what it must be"),
+        }));
+        findings.append(&mut engines);
+        let verdict = findings.iter().map(|finding| finding.verdict).max().unwrap_or(Verdict::Ok);
         Report {
             version: env!("CARGO_PKG_VERSION"),
             features: features(),
-            healthy,
+            verdict,
+            healthy: verdict != Verdict::Error,
             devices,
             transports,
-            rdma: rdma::look(Path::new("/sys"), &|name| std::env::var(name).ok()),
-            system,
+            rdma: rdma::look(Path::new("/sys"), &env),
+            findings,
+            machine: Machine::look(registry),
         }
     });
     if let Some(folder) = &args.record {
@@ -88,7 +144,8 @@ pub(crate) async fn run(args: DoctorArgs, context: &Context) -> anyhow::Result<E
     }
     print(&report, context);
     context.output.object(&report)?;
-    Ok(if report.healthy { Exit::Success } else { Exit::Failed }.into())
+    let well = report.healthy && !(args.strict && report.verdict == Verdict::Warning);
+    Ok(if well { Exit::Success } else { Exit::Failed }.into())
 }
 
 fn backend(name: &'static str, probe: Probe) -> Backend {
@@ -102,6 +159,7 @@ fn print(report: &Report, context: &Context) {
     let output = &context.output;
     let built = if report.features.is_empty() { "none".to_owned() } else { report.features.join(", ") };
     output.line(format!("ckpt {}, features: {built}", report.version));
+    output.line(report.machine.line());
     for (title, backends) in [("device", &report.devices), ("transport", &report.transports)] {
         let mut table = Table::new(&[title, "available", "detail"]);
         for backend in backends {
@@ -111,84 +169,16 @@ fn print(report: &Report, context: &Context) {
         output.table(&table);
     }
     rdma::print(&report.rdma, output);
-    let mut table = Table::new(&["system", "verdict", "detail"]);
-    for check in &report.system {
-        let verdict = match check.verdict {
+    let mut table = Table::new(&["area", "what", "verdict", "detail"]);
+    for finding in &report.findings {
+        let verdict = match finding.verdict {
             Verdict::Ok => "ok",
             Verdict::Warning => "warning",
-            Verdict::Failed => "FAILED",
+            Verdict::Error => "ERROR",
         };
-        table.row([check.name, verdict, &check.detail]);
+        let fix = finding.fix.as_ref().map_or_else(String::new, |fix| format!("; {fix}"));
+        table.row([finding.area, &finding.name, verdict, &format!("{}{fix}", finding.detail)]);
     }
     output.line("");
     output.table(&table);
-}
-
-fn kernel() -> Check {
-    let name = rustix::system::uname();
-    let detail = format!(
-        "{} {} {} on {}",
-        name.sysname().to_string_lossy(),
-        name.release().to_string_lossy(),
-        name.machine().to_string_lossy(),
-        name.nodename().to_string_lossy()
-    );
-    let verdict = if cfg!(target_os = "linux") { Verdict::Ok } else { Verdict::Warning };
-    Check { name: "kernel", verdict, detail }
-}
-
-/// Sockets and shared-memory files go there; nothing works without it.
-fn runtime_folder() -> Check {
-    let (verdict, detail) = match runtime_dir() {
-        Ok(path) => (Verdict::Ok, path.display().to_string()),
-        Err(error) => (Verdict::Failed, error.to_string()),
-    };
-    Check { name: "runtime folder", verdict, detail }
-}
-
-/// Checkpoints that trainers leave in /dev/shm are registered in place; a container's default is 64 MiB.
-fn shared_memory() -> Check {
-    let name = "/dev/shm";
-    let (verdict, detail) = match rustix::fs::statvfs(name) {
-        Ok(stat) => {
-            let total = stat.f_blocks.saturating_mul(stat.f_frsize);
-            let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-            let detail = format!("{} of {} free", format_bytes(free), format_bytes(total));
-            if total < 1 << 30 {
-                let fix = "small: containers need --shm-size or --ipc=host to hold a checkpoint there";
-                (Verdict::Warning, format!("{detail}; {fix}"))
-            } else {
-                (Verdict::Ok, detail)
-            }
-        }
-        Err(error) => (Verdict::Warning, format!("cannot be read: {error}")),
-    };
-    Check { name, verdict, detail }
-}
-
-/// RDMA registration and pinning lock memory.
-fn memory_lock() -> Check {
-    let needed = Path::new("/sys/class/infiniband").exists();
-    let (verdict, detail) = match getrlimit(Resource::Memlock).current {
-        None => (Verdict::Ok, "unlimited".to_owned()),
-        Some(limit) if needed => {
-            let fix = "RDMA needs more: raise it with `ulimit -l unlimited` or docker's --ulimit memlock=-1";
-            (Verdict::Warning, format!("{}; {fix}", format_bytes(limit)))
-        }
-        Some(limit) => (Verdict::Ok, format!("{} (only RDMA needs more)", format_bytes(limit))),
-    };
-    Check { name: "memlock", verdict, detail }
-}
-
-/// A rank holds a few connections to every other.
-fn open_files() -> Check {
-    let used = fs::read_dir("/proc/self/fd").map(Iterator::count).unwrap_or(0);
-    let (verdict, detail) = match getrlimit(Resource::Nofile).current {
-        Some(limit) if limit < 1024 => {
-            (Verdict::Warning, format!("{limit}; large jobs need more: raise it with `ulimit -n 65536`"))
-        }
-        Some(limit) => (Verdict::Ok, format!("{limit} allowed, {used} in use")),
-        None => (Verdict::Ok, "unlimited".to_owned()),
-    };
-    Check { name: "open files", verdict, detail }
 }

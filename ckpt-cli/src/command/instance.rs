@@ -10,6 +10,7 @@ use ckpt_core::{
     manifest::Manifest,
     server::{UpdateReport, UpdateRequest},
     sink::{CheckpointEngineSink, Layout, NativeSink, NativeSinkConfig, WeightSink, WireVersion},
+    types::TensorMeta,
     update::EngineCall,
 };
 use clap::{Args, ValueEnum};
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     job::{JobArgs, Rank},
     policy::{PolicyArgs, after_failure},
+    progress::Bar,
 };
 
 /// A time to wait, which may be nothing: at most a month.
@@ -141,11 +143,13 @@ impl InstanceArgs {
     ) -> anyhow::Result<Done> {
         let mut part = Bytes::new();
         if ranks.is_empty() || ranks.contains(&rank.rank()) {
+            let bytes = layout.tensors().iter().map(TensorMeta::len_bytes).sum();
+            let sink = Bar::watch(&format!("rank {}: update", rank.rank()), bytes, self.sink(layout, rank)?);
             let request = UpdateRequest {
                 checkpoint: self.checkpoint_name.clone(),
                 version,
                 ranks: ranks.to_vec(),
-                sink: Some(self.sink(layout, rank)?),
+                sink: Some(sink),
                 engine: self.engine(rank, ranks)?,
             };
             let report = match rank.server.update(request).await {

@@ -18,7 +18,7 @@ use crate::{
     Context,
     job::{Rank, Reading},
     output::{Table, format_bytes},
-    progress::LoadBar,
+    progress::Bar,
 };
 
 /// Load a checkpoint and put it into running engines: run one process per inference worker
@@ -73,7 +73,7 @@ enum Method {
 
 /// A list of ranks, ascending.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Ranks(Vec<u32>);
+pub(super) struct Ranks(pub(super) Vec<u32>);
 
 /// Above any job; keeps a slip of the finger from filling the memory.
 const MAX_RANK: u32 = 1 << 20;
@@ -170,7 +170,7 @@ async fn update(
             let bytes = source.tensors()[range.clone()].iter().map(|t| t.meta.len_bytes()).sum();
             let mut options = LoadOptions::new(name);
             options.digests = digests;
-            options.progress = LoadBar::start(&format!("rank {number}: load"), bytes);
+            options.progress = Bar::load(&format!("rank {number}: register"), bytes);
             load(&source, range, &Pool::new(device), &options)
         })
         .await??
@@ -178,7 +178,9 @@ async fn update(
     let load_s = started.elapsed().as_secs_f64();
     rank.server.register(&instance.checkpoint_name, registered)?;
     let started = Instant::now();
+    let waiting = Bar::wait(&format!("rank {}: gather metas", rank.rank()));
     let manifest = rank.server.gather_metas(&instance.checkpoint_name).await?;
+    drop(waiting);
     let layout = layout(&manifest)?;
     let gather_metas_s = started.elapsed().as_secs_f64();
     if let (Some(path), Some(metas), 0) = (&args.save_metas_file, rank.server.metas(), rank.rank()) {
@@ -198,6 +200,10 @@ async fn update(
     let mut done: Vec<(&str, Done)> = Vec::new();
     for (method, ranks) in methods {
         for _ in 0..instance.repeat {
+            if let Some((_, before)) = done.last_mut() {
+                // Only the last one's are shown; those of thousands would add up.
+                before.stages = serde_json::Value::Null;
+            }
             done.push((method, instance.update(rank, &layout, ranks, Version(version)).await?));
             version += 1;
         }

@@ -1,8 +1,12 @@
 //! The header of a safetensors file. The `safetensors` crate checks it; here are the limits and the messages.
 
-use std::{fs::File, os::unix::fs::FileExt, path::Path};
+use std::{borrow::Cow, collections::HashSet, fmt, fs::File, io, os::unix::fs::FileExt, path::Path};
 
 use safetensors::tensor::Metadata;
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error as _, IgnoredAny, MapAccess, Visitor},
+};
 
 use super::memory::file_error;
 use crate::{
@@ -16,7 +20,7 @@ const LENGTH_BYTES: u64 = 8;
 
 /// One tensor of a file.
 #[derive(Debug)]
-pub(super) struct HeaderTensor {
+pub(crate) struct HeaderTensor {
     pub meta: TensorMeta,
     /// Bytes from the file's start.
     pub offset: u64,
@@ -24,6 +28,15 @@ pub(super) struct HeaderTensor {
 
 /// Reads the tensors of a file in the order of their bytes. A file of 0 bytes has none.
 pub(super) fn read_header(file: &File, path: &Path, file_len: u64) -> Result<Vec<HeaderTensor>> {
+    read_header_of(|bytes, offset| file.read_exact_at(bytes, offset), path, file_len)
+}
+
+/// The same of whatever `read_at` reads.
+pub(crate) fn read_header_of(
+    read_at: impl Fn(&mut [u8], u64) -> io::Result<()>,
+    path: &Path,
+    file_len: u64,
+) -> Result<Vec<HeaderTensor>> {
     let corrupt = |message: String| {
         Error::new(ErrorKind::Corrupt, "read safetensors header", message).with(Key::Path, path.display())
     };
@@ -36,7 +49,7 @@ pub(super) fn read_header(file: &File, path: &Path, file_len: u64) -> Result<Vec
         )));
     }
     let mut length = [0; LENGTH_BYTES as usize];
-    file.read_exact_at(&mut length, 0).map_err(|e| file_error("read safetensors header", path, e))?;
+    read_at(&mut length, 0).map_err(|e| file_error("read safetensors header", path, e))?;
     let header_len = u64::from_le_bytes(length);
     if header_len > MAX_HEADER_BYTES {
         return Err(corrupt(format!(
@@ -51,10 +64,10 @@ pub(super) fn read_header(file: &File, path: &Path, file_len: u64) -> Result<Vec
         )));
     }
     let mut header = vec![0; header_len as usize];
-    file.read_exact_at(&mut header, LENGTH_BYTES)
-        .map_err(|e| file_error("read safetensors header", path, e))?;
-    let metadata: Metadata =
-        serde_json::from_slice(&header).map_err(|e| corrupt(format!("the header is not valid: {e}")))?;
+    read_at(&mut header, LENGTH_BYTES).map_err(|e| file_error("read safetensors header", path, e))?;
+    let invalid = |e: serde_json::Error| corrupt(format!("the header is not valid: {e}"));
+    serde_json::from_slice::<UniqueNames>(&header).map_err(invalid)?;
+    let metadata: Metadata = serde_json::from_slice(&header).map_err(invalid)?;
     let expected = (metadata.data_len() as u64).checked_add(data_start);
     if expected != Some(file_len) {
         return Err(corrupt(format!(
@@ -82,6 +95,35 @@ pub(super) fn read_header(file: &File, path: &Path, file_len: u64) -> Result<Vec
         tensors.push(HeaderTensor { meta, offset: data_start + info.data_offsets.0 as u64 });
     }
     Ok(tensors)
+}
+
+/// An object whose names are all different: parsers of JSON take the last one of equals without a word.
+struct UniqueNames;
+
+impl<'de> Deserialize<'de> for UniqueNames {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Names;
+        impl<'de> Visitor<'de> for Names {
+            type Value = UniqueNames;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<UniqueNames, A::Error> {
+                let mut seen = HashSet::new();
+                while let Some(name) = map.next_key::<Cow<'de, str>>()? {
+                    if seen.contains(&name) {
+                        return Err(A::Error::custom(format_args!("it has two entries `{name}`")));
+                    }
+                    map.next_value::<IgnoredAny>()?;
+                    seen.insert(name);
+                }
+                Ok(UniqueNames)
+            }
+        }
+        deserializer.deserialize_map(Names)
+    }
 }
 
 #[cfg(test)]
@@ -147,6 +189,9 @@ mod tests {
             (with_header(&format!(r#"{{"a":{}}}"#, t("[8,0]")), 8), "not valid"),
             (with_header(&format!(r#"{{"a":{}}}"#, t("[-8,0]")), 8), "not valid"),
             (with_header(&format!(r#"{{"a":{}}}"#, t("[0,4]")), 4), "not valid"),
+            (with_header(&format!(r#"{{"a":{0},"a":{0}}}"#, t("[0,8]")), 8), "two entries `a`"),
+            (with_header(r#"{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}"#, 8), "not valid"),
+            (with_header(r#"{"a":{"dtype":"F32","shape":[1e0],"data_offsets":[0,4]}}"#, 4), "not valid"),
             (with_header(r#"{"a":{"dtype":"F3","shape":[2],"data_offsets":[0,8]}}"#, 8), "F3"),
             (with_header(r#"{"a":{"dtype":"F4","shape":[3],"data_offsets":[0,2]}}"#, 2), "not valid"),
             (

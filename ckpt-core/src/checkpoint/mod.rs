@@ -9,7 +9,7 @@ mod compare;
 mod digest;
 mod fill;
 pub mod generate;
-mod header;
+pub(crate) mod header;
 mod load;
 mod memory;
 mod place;

@@ -22,7 +22,7 @@
 //!   the transports.
 
 mod address;
-mod codec;
+pub(crate) mod codec;
 mod connect;
 mod hub_machine;
 mod job;

@@ -200,6 +200,7 @@ impl Session {
         let (reply, answer) = oneshot::channel();
         let shared = self.shared();
         let waiting = WaitingGather::new(&shared, name, reply)?;
+        tracing::debug!(rank = shared.config.rank, name, "gathering");
         shared.send(&ToHub::Gather { name: name.to_owned(), part })?;
         let mut lost = shared.lost.subscribe();
         let result = tokio::select! {

@@ -6,7 +6,10 @@ use reqwest::{Method, StatusCode, Url};
 use serde_json::Value;
 
 use super::EngineAddress;
-use crate::error::{Error, ErrorKind, Key, Result};
+use crate::{
+    error::{Error, ErrorKind, Key, Result},
+    liveness,
+};
 
 /// More of an answer than this is not read.
 const BODY_LIMIT: usize = 64 * 1024;
@@ -115,7 +118,14 @@ impl EngineClient {
                     return Err(self.error(ErrorKind::ConfigInvalid, OPERATION, message));
                 }
                 Ok(reply) => self.refused(OPERATION, &reply).message().to_owned(),
-                Err(error) => error.message().to_owned(),
+                Err(error) => {
+                    if error.kind() == ErrorKind::Timeout
+                        && let Some(error) = self.stopped(OPERATION).await
+                    {
+                        return Err(error);
+                    }
+                    error.message().to_owned()
+                }
             };
             if Instant::now() + pause >= deadline {
                 let message = format!(
@@ -130,15 +140,50 @@ impl EngineClient {
         }
     }
 
-    /// Posts JSON and returns whatever the engine answers.
+    /// Posts JSON and returns whatever the engine answers. Meanwhile `health`, if there is one, must answer something
+    /// within [`PROBE`]: a server that was stopped keeps its connections and says nothing.
     pub(crate) async fn post(
         &self,
         operation: &'static str,
         url: Url,
         body: &Value,
+        health: Option<Url>,
         deadline: Instant,
     ) -> Result<Reply> {
-        self.request(operation, Method::POST, url, Some(body), deadline).await
+        let silent = async {
+            let Some(health) = health else { return std::future::pending().await };
+            loop {
+                tokio::time::sleep(LONGEST_PAUSE).await;
+                let attempt = Instant::now() + PROBE;
+                let probe = self.request(operation, Method::GET, health.clone(), None, attempt).await;
+                // Anything else shows in the request's own answer.
+                if probe.is_err_and(|error| error.kind() == ErrorKind::Timeout) {
+                    break;
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            reply = self.request(operation, Method::POST, url, Some(body), deadline) => reply,
+            () = silent => {
+                let text = format!(
+                    "{} has gone silent: its health check had no answer for {} s while the update request is open; \
+                     look at the server's process and log",
+                    self.engine,
+                    PROBE.as_secs()
+                );
+                Err(self.error(ErrorKind::PeerLost, operation, text))
+            }
+        }
+    }
+
+    /// The error for a server on this host that was silent for [`PROBE`] because its process is stopped.
+    async fn stopped(&self, operation: &'static str) -> Option<Error> {
+        let pid = tokio::time::timeout(LONGEST_PAUSE, liveness::listener_of(self.address.socket()?))
+            .await
+            .ok()??;
+        let text = liveness::told(pid, self.engine);
+        liveness::is_stopped(pid).then(|| self.error(ErrorKind::PeerLost, operation, text))
     }
 
     async fn request(

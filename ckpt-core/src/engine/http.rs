@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use async_trait::async_trait;
+use reqwest::Url;
 use serde_json::{Value, json};
 
 use super::{Engine, EngineAddress, EngineRequest, PauseMode, client::EngineClient};
@@ -72,6 +73,14 @@ impl HttpEngine {
     pub fn new(address: EngineAddress, template: HttpTemplate) -> Result<Self> {
         Ok(Self { client: EngineClient::new("the engine", address)?, template })
     }
+
+    /// Another route of the same server.
+    fn at(&self, path: &str) -> Url {
+        let mut url = self.client.address().url().clone();
+        url.set_query(None);
+        url.set_path(path);
+        url
+    }
 }
 
 #[async_trait]
@@ -81,14 +90,13 @@ impl Engine for HttpEngine {
     }
 
     async fn ready(&self, deadline: Instant) -> Result<()> {
-        let mut url = self.client.address().url().clone();
-        url.set_query(None);
         match &self.template.ready_path {
-            Some(path) => {
-                url.set_path(path);
-                self.client.wait_ready(url, deadline, |status| status.is_success()).await
+            Some(path) => self.client.wait_ready(self.at(path), deadline, |status| status.is_success()).await,
+            None => {
+                let mut url = self.client.address().url().clone();
+                url.set_query(None);
+                self.client.wait_ready(url, deadline, |status| !status.is_server_error()).await
             }
-            None => self.client.wait_ready(url, deadline, |status| !status.is_server_error()).await,
         }
     }
 
@@ -96,7 +104,9 @@ impl Engine for HttpEngine {
         let timeout_s = deadline.saturating_duration_since(Instant::now()).as_secs_f64();
         let body = fill(&self.template.body, &Values::of(request, timeout_s))?;
         let url = self.client.address().url().clone();
-        let reply = self.client.post(OPERATION, url, &body, deadline).await?;
+        // Any route but the one that is known to be for this may wait for the update's end.
+        let health = self.template.ready_path.as_ref().map(|path| self.at(path));
+        let reply = self.client.post(OPERATION, url, &body, health, deadline).await?;
         if reply.status.is_success() { Ok(()) } else { Err(self.client.refused(OPERATION, &reply)) }
     }
 
@@ -119,7 +129,7 @@ impl HttpEngine {
         let (path, query) = path.split_once('?').map_or((path, None), |(path, query)| (path, Some(query)));
         url.set_path(path);
         url.set_query(query);
-        let reply = self.client.post(operation, url, &json!({}), deadline).await?;
+        let reply = self.client.post(operation, url, &json!({}), None, deadline).await?;
         if reply.status.is_success() { Ok(()) } else { Err(self.client.refused(operation, &reply)) }
     }
 }

@@ -6,6 +6,7 @@ mod http;
 mod none;
 mod sglang;
 mod vllm;
+mod vllm_native;
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Instant};
 
@@ -16,6 +17,7 @@ pub use http::{HttpEngine, HttpTemplate};
 pub use none::NoEngine;
 pub use sglang::SglangEngine;
 pub use vllm::VllmEngine;
+pub use vllm_native::VllmNativeEngine;
 
 use crate::{
     error::{Error, ErrorKind, Result},
@@ -62,7 +64,7 @@ impl PauseMode {
 /// One inference engine (one HTTP server in front of one or more workers).
 #[async_trait]
 pub trait Engine: Send + Sync {
-    /// `vllm`, `sglang`, `http`, `none`.
+    /// One of [`ENGINES`].
     fn name(&self) -> &'static str;
     /// Waits until the engine answers that it can be updated.
     async fn ready(&self, deadline: Instant) -> Result<()>;
@@ -96,7 +98,7 @@ pub struct EngineConfig {
 }
 
 /// The engines that [`create`] knows.
-pub const ENGINES: &[&str] = &["vllm", "sglang", "http", "none"];
+pub const ENGINES: &[&str] = &["vllm", "vllm-native", "sglang", "http", "none"];
 
 /// Makes the engine of `config`; connects to nothing yet.
 pub fn create(config: EngineConfig) -> Result<Arc<dyn Engine>> {
@@ -107,6 +109,7 @@ pub fn create(config: EngineConfig) -> Result<Arc<dyn Engine>> {
     let address = || EngineAddress::parse(&config.endpoint)?.over_socket(config.uds.clone());
     Ok(match config.kind.as_str() {
         "vllm" => Arc::new(VllmEngine::new(address()?)?),
+        "vllm-native" => Arc::new(VllmNativeEngine::new(address()?)?),
         "sglang" => Arc::new(SglangEngine::new(address()?)?),
         "http" => Arc::new(HttpEngine::new(address()?, config.template.unwrap_or_default())?),
         "none" => Arc::new(NoEngine),

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use async_trait::async_trait;
-use reqwest::StatusCode;
+use reqwest::{StatusCode, Url};
 use serde_json::{Value, json};
 
 use super::{Engine, EngineAddress, EngineRequest, PauseMode, client::EngineClient};
@@ -22,6 +22,11 @@ impl SglangEngine {
     pub fn new(address: EngineAddress) -> Result<Self> {
         Ok(Self { client: EngineClient::new("SGLang", address)? })
     }
+
+    /// `/ping` answers while the server still waits for its first weights; `/health` does not.
+    fn health(&self) -> Url {
+        self.client.address().join("/ping")
+    }
 }
 
 #[async_trait]
@@ -30,11 +35,8 @@ impl Engine for SglangEngine {
         "sglang"
     }
 
-    /// `/ping` answers while the server still waits for its first weights; `/health` does not.
     async fn ready(&self, deadline: Instant) -> Result<()> {
-        self.client
-            .wait_ready(self.client.address().join("/ping"), deadline, |status| status.is_success())
-            .await
+        self.client.wait_ready(self.health(), deadline, |status| status.is_success()).await
     }
 
     async fn update(&self, request: &EngineRequest, deadline: Instant) -> Result<()> {
@@ -44,7 +46,7 @@ impl Engine for SglangEngine {
             "weight_version": request.version.to_string(),
         });
         let url = self.client.address().join("/update_weights_from_ipc");
-        let reply = self.client.post(OPERATION, url, &body, deadline).await?;
+        let reply = self.client.post(OPERATION, url, &body, Some(self.health()), deadline).await?;
         let denied = reply.json().is_some_and(|answer| answer.get("success") == Some(&Value::Bool(false)));
         match reply.status {
             status if status.is_success() && !denied => Ok(()),
@@ -65,7 +67,10 @@ impl Engine for SglangEngine {
             PauseMode::Abort => "abort",
         };
         let url = self.client.address().join("/pause_generation");
-        let reply = self.client.post("pause SGLang", url, &json!({ "mode": mode }), deadline).await?;
+        let reply = self
+            .client
+            .post("pause SGLang", url, &json!({ "mode": mode }), Some(self.health()), deadline)
+            .await?;
         match reply.status {
             status if status.is_success() => Ok(true),
             StatusCode::NOT_FOUND => Ok(false),
@@ -75,7 +80,7 @@ impl Engine for SglangEngine {
 
     async fn resume(&self, deadline: Instant) -> Result<()> {
         let url = self.client.address().join("/continue_generation");
-        let reply = self.client.post("resume SGLang", url, &json!({}), deadline).await?;
+        let reply = self.client.post("resume SGLang", url, &json!({}), Some(self.health()), deadline).await?;
         if reply.status.is_success() { Ok(()) } else { Err(self.client.refused("resume SGLang", &reply)) }
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use async_trait::async_trait;
-use reqwest::StatusCode;
+use reqwest::{StatusCode, Url};
 use serde_json::json;
 
 use super::{Engine, EngineAddress, EngineRequest, PauseMode, client::EngineClient};
@@ -22,6 +22,10 @@ impl VllmEngine {
     pub fn new(address: EngineAddress) -> Result<Self> {
         Ok(Self { client: EngineClient::new("vLLM", address)? })
     }
+
+    fn health(&self) -> Url {
+        self.client.address().join("/health")
+    }
 }
 
 #[async_trait]
@@ -31,9 +35,7 @@ impl Engine for VllmEngine {
     }
 
     async fn ready(&self, deadline: Instant) -> Result<()> {
-        self.client
-            .wait_ready(self.client.address().join("/health"), deadline, |status| status.is_success())
-            .await
+        self.client.wait_ready(self.health(), deadline, |status| status.is_success()).await
     }
 
     async fn update(&self, request: &EngineRequest, deadline: Instant) -> Result<()> {
@@ -45,7 +47,13 @@ impl Engine for VllmEngine {
         });
         let reply = self
             .client
-            .post(OPERATION, self.client.address().join("/collective_rpc"), &body, deadline)
+            .post(
+                OPERATION,
+                self.client.address().join("/collective_rpc"),
+                &body,
+                Some(self.health()),
+                deadline,
+            )
             .await?;
         match reply.status {
             status if status.is_success() => Ok(()),
@@ -60,26 +68,37 @@ impl Engine for VllmEngine {
     }
 
     async fn pause(&self, mode: PauseMode, deadline: Instant) -> Result<bool> {
-        let mut url = self.client.address().join("/pause");
-        url.set_query(Some(&format!("mode={}", mode.name())));
-        let reply = self.client.post("pause vLLM", url, &json!({}), deadline).await?;
-        match reply.status {
-            status if status.is_success() => Ok(true),
-            StatusCode::NOT_FOUND => Ok(false),
-            _ => Err(self.client.refused("pause vLLM", &reply)),
-        }
+        pause(&self.client, mode, deadline).await
     }
 
     async fn resume(&self, deadline: Instant) -> Result<()> {
-        // What stands in the cache was computed from the old weights.
-        let mut url = self.client.address().join("/reset_prefix_cache");
-        url.set_query(Some("reset_running_requests=true"));
-        let reset = self.client.post("reset vLLM's cache", url, &json!({}), deadline).await?;
-        if !reset.status.is_success() && reset.status != StatusCode::NOT_FOUND {
-            return Err(self.client.refused("reset vLLM's cache", &reset));
-        }
-        let url = self.client.address().join("/resume");
-        let reply = self.client.post("resume vLLM", url, &json!({}), deadline).await?;
-        if reply.status.is_success() { Ok(()) } else { Err(self.client.refused("resume vLLM", &reply)) }
+        resume(&self.client, deadline).await
     }
+}
+
+/// `false` from a vLLM without its development mode, or older than the call.
+pub(super) async fn pause(client: &EngineClient, mode: PauseMode, deadline: Instant) -> Result<bool> {
+    let mut url = client.address().join("/pause");
+    url.set_query(Some(&format!("mode={}", mode.name())));
+    let health = Some(client.address().join("/health"));
+    let reply = client.post("pause vLLM", url, &json!({}), health, deadline).await?;
+    match reply.status {
+        status if status.is_success() => Ok(true),
+        StatusCode::NOT_FOUND => Ok(false),
+        _ => Err(client.refused("pause vLLM", &reply)),
+    }
+}
+
+pub(super) async fn resume(client: &EngineClient, deadline: Instant) -> Result<()> {
+    // What stands in the cache was computed from the old weights.
+    let mut url = client.address().join("/reset_prefix_cache");
+    url.set_query(Some("reset_running_requests=true"));
+    let health = || Some(client.address().join("/health"));
+    let reset = client.post("reset vLLM's cache", url, &json!({}), health(), deadline).await?;
+    if !reset.status.is_success() && reset.status != StatusCode::NOT_FOUND {
+        return Err(client.refused("reset vLLM's cache", &reset));
+    }
+    let url = client.address().join("/resume");
+    let reply = client.post("resume vLLM", url, &json!({}), health(), deadline).await?;
+    if reply.status.is_success() { Ok(()) } else { Err(client.refused("resume vLLM", &reply)) }
 }

@@ -19,7 +19,7 @@ use crate::{
     error::{Error, ErrorKind, Key, Result},
     transport::{
         AbortHandle, Collective, CollectiveOp, Communicator, CommunicatorQueue, GroupSpec, OneSided, ReadOp,
-        Registration, Transport,
+        Registration, Transport, WriteOp,
     },
 };
 
@@ -306,6 +306,41 @@ impl OneSided for Chaos {
                     event.done(deadline).await?;
                     host::copy_bytes(&garbage, &place)
                 })
+            }
+        }
+    }
+
+    async fn register_writable(&self, buffer: Arc<dyn Buffer>) -> Result<Arc<dyn Registration>> {
+        one_sided(&*self.inner)?.register_writable(buffer).await
+    }
+
+    fn post_write(&self, mut batch: Vec<WriteOp>, deadline: Instant) -> Result<Event> {
+        const OPERATION: &str = "write remote memory";
+        let inner = self.inner.clone();
+        match self.fates.next() {
+            Fate::Pass => one_sided(&*inner)?.post_write(batch, deadline),
+            Fate::Cut => later::spawn(OPERATION, async { Err(cut(OPERATION)) }),
+            Fate::Drop => later::spawn(OPERATION, async move {
+                let _batch = batch;
+                tokio::time::sleep_until(deadline.into()).await;
+                Err(Error::new(ErrorKind::Timeout, OPERATION, "the bytes did not arrive by the deadline"))
+            }),
+            Fate::Delay(by) => later::spawn(OPERATION, async move {
+                tokio::time::sleep_until((Instant::now() + by).min(deadline).into()).await;
+                let event = one_sided(&*inner)?.post_write(batch, deadline)?;
+                event.done(deadline).await
+            }),
+            Fate::Corrupt(garbage) => {
+                // The caller's own memory stays as it is: the first bytes of one write come from elsewhere.
+                if let Some(victim) = batch.iter_mut().find(|op| op.from.len_bytes() > 0) {
+                    let (garbage, place) = damage(&garbage, &victim.from)?;
+                    let mut damaged = victim.clone();
+                    victim.offset += place.len_bytes();
+                    victim.from = victim.from.slice(place.len_bytes()..victim.from.len_bytes())?;
+                    damaged.from = garbage;
+                    batch.push(damaged);
+                }
+                one_sided(&*inner)?.post_write(batch, deadline)
             }
         }
     }

@@ -17,7 +17,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     transport::{
         AbortHandle, Collective, CollectiveOp, Communicator, CommunicatorQueue, GroupSpec, OneSided, ReadOp,
-        Registration, Transport,
+        Registration, Transport, WriteOp,
     },
 };
 
@@ -38,6 +38,8 @@ pub enum OpKind {
     Register,
     /// A batch of reads.
     Read,
+    /// A batch of writes.
+    Write,
     /// A communicator was aborted.
     Abort,
 }
@@ -208,7 +210,25 @@ impl OneSided for Record {
     fn post_read(&self, batch: Vec<ReadOp>, deadline: Instant) -> Result<Event> {
         let bytes = batch.iter().map(|op| op.into.len_bytes()).sum();
         let span = self.log.begin(OpKind::Read, batch.len(), bytes);
-        match one_sided(&*self.inner)?.post_read(batch, deadline) {
+        self.watch(span, one_sided(&*self.inner)?.post_read(batch, deadline))
+    }
+
+    async fn register_writable(&self, buffer: Arc<dyn Buffer>) -> Result<Arc<dyn Registration>> {
+        let span = self.log.begin(OpKind::Register, 1, buffer.len_bytes());
+        self.log.ended(span, one_sided(&*self.inner)?.register_writable(buffer).await)
+    }
+
+    fn post_write(&self, batch: Vec<WriteOp>, deadline: Instant) -> Result<Event> {
+        let bytes = batch.iter().map(|op| op.from.len_bytes()).sum();
+        let span = self.log.begin(OpKind::Write, batch.len(), bytes);
+        self.watch(span, one_sided(&*self.inner)?.post_write(batch, deadline))
+    }
+}
+
+impl Record {
+    /// The span ends when its event is first seen complete.
+    fn watch(&self, span: Option<usize>, posted: Result<Event>) -> Result<Event> {
+        match posted {
             Ok(event) => {
                 let log = self.log.clone();
                 Ok(Observed::event(event, move |outcome| log.end(span, outcome.as_ref().err())))

@@ -15,7 +15,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     transport::{
         AbortHandle, Collective, CollectiveOp, Communicator, CommunicatorQueue, GroupSpec, OneSided, ReadOp,
-        Registration, Transport,
+        Registration, Transport, WriteOp,
     },
 };
 
@@ -169,17 +169,30 @@ impl OneSided for Throttle {
         let bytes = batch.iter().map(|op| op.into.len_bytes()).sum();
         let event = one_sided(&*self.inner)?.post_read(batch, deadline)?;
         let free_at = self.link.reserve(&self.link.inbound, bytes);
-        later::spawn("read remote memory", async move {
-            event.done(deadline).await?;
-            tokio::time::sleep_until(free_at.min(deadline).into()).await;
-            if free_at > deadline {
-                return Err(Error::new(
-                    ErrorKind::Timeout,
-                    "read remote memory",
-                    "the throttled link does not bring the bytes by the deadline",
-                ));
-            }
-            Ok(())
-        })
+        throttled("read remote memory", event, free_at, deadline)
     }
+
+    async fn register_writable(&self, buffer: Arc<dyn Buffer>) -> Result<Arc<dyn Registration>> {
+        one_sided(&*self.inner)?.register_writable(buffer).await
+    }
+
+    fn post_write(&self, batch: Vec<WriteOp>, deadline: Instant) -> Result<Event> {
+        let bytes = batch.iter().map(|op| op.from.len_bytes()).sum();
+        let event = one_sided(&*self.inner)?.post_write(batch, deadline)?;
+        let free_at = self.link.reserve(&self.link.outbound, bytes);
+        throttled("write remote memory", event, free_at, deadline)
+    }
+}
+
+/// Complete when `event` is and the link is free, if that is in time.
+fn throttled(operation: &'static str, event: Event, free_at: Instant, deadline: Instant) -> Result<Event> {
+    later::spawn(operation, async move {
+        event.done(deadline).await?;
+        tokio::time::sleep_until(free_at.min(deadline).into()).await;
+        if free_at > deadline {
+            let what = "the throttled link does not bring the bytes by the deadline";
+            return Err(Error::new(ErrorKind::Timeout, operation, what));
+        }
+        Ok(())
+    })
 }

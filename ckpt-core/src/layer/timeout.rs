@@ -15,7 +15,7 @@ use crate::{
     error::{Error, ErrorKind, Key, Result},
     transport::{
         AbortHandle, Collective, CollectiveOp, Communicator, CommunicatorQueue, GroupSpec, OneSided, ReadOp,
-        Registration, Transport,
+        Registration, Transport, WriteOp,
     },
 };
 
@@ -118,6 +118,16 @@ impl OneSided for Timeout {
     async fn register(&self, buffer: Arc<dyn Buffer>) -> Result<Arc<dyn Registration>> {
         let registered = timeout_at(self.join_by().into(), one_sided(&*self.inner)?.register(buffer)).await;
         registered.unwrap_or_else(|_| Err(late("register memory", self.config.join)))
+    }
+
+    async fn register_writable(&self, buffer: Arc<dyn Buffer>) -> Result<Arc<dyn Registration>> {
+        let registering = one_sided(&*self.inner)?.register_writable(buffer);
+        let registered = timeout_at(self.join_by().into(), registering).await;
+        registered.unwrap_or_else(|_| Err(late("register memory", self.config.join)))
+    }
+
+    fn post_write(&self, batch: Vec<WriteOp>, deadline: Instant) -> Result<Event> {
+        one_sided(&*self.inner)?.post_write(batch, deadline.min(Instant::now() + self.config.operation))
     }
 
     fn post_read(&self, batch: Vec<ReadOp>, deadline: Instant) -> Result<Event> {

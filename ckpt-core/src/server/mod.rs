@@ -2,6 +2,7 @@
 
 mod metas;
 mod open;
+mod read;
 mod recovery;
 mod report;
 

@@ -79,15 +79,30 @@ pub async fn open(options: OpenOptions, registry: &Registry) -> Result<Opened> {
         across_processes: cluster.world_size > 1,
         across_hosts: !cluster.is_single_host(),
     };
-    let transport = registry.open_transport(&transport, &config, required)?;
+    let (transport, reader) = names(&transport, &reader, registry)?;
+    let transport = registry.open_transport(transport, &config, required)?;
     let name = transport.name();
     let reader =
-        open_reader(&reader, reading, transport.clone(), config, !cluster.is_single_host(), registry)?;
+        open_reader(reader, reading, transport.clone(), config, !cluster.is_single_host(), registry)?;
     tracing::info!(rank = cluster.rank, transport = name, device = device.kind(), "joined the job");
     let session = job.session.clone();
     let server = ParameterServer::new(ServerConfig { session, device, transport, deadlines, limits })
         .with_reader(reader);
     Ok(Opened { job, server, transport: name })
+}
+
+/// The names of what broadcasts and of what reads.
+fn names<'a>(transport: &'a str, reader: &'a str, registry: &Registry) -> Result<(&'a str, &'a str)> {
+    if transport == AUTO || registry.transport(transport)?.broadcasts() {
+        return Ok((transport, reader));
+    }
+    if reader == AUTO || reader == transport {
+        return Ok((AUTO, transport));
+    }
+    let what = format!(
+        "transport `{transport}` only reads, and --p2p-transport says that `{reader}` does; give one of the two"
+    );
+    Err(Error::new(ErrorKind::ConfigInvalid, "choose a backend", what))
 }
 
 fn open_reader(

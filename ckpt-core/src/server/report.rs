@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::{
     manifest::Manifest,
-    plan::UpdatePlan,
+    plan::{Bucket, UpdatePlan},
     types::{Epoch, Rank, Version},
     update::trace::{Span, Stage, Trace, extent},
 };
@@ -51,6 +51,9 @@ pub struct UpdateReport {
     pub ring_bytes: u64,
     /// Seconds.
     pub stages: Stages,
+    /// Of each bucket: its bytes, and those of them that this rank brings to the group.
+    #[serde(skip)]
+    pub bucket_bytes_each: Vec<(u64, u64)>,
     /// Every span, for timelines.
     #[serde(skip)]
     pub spans: Vec<Span>,
@@ -88,12 +91,11 @@ impl UpdateReport {
             post_hook_s: seconds(Stage::PostHook),
             total_s,
         };
-        let rooted_bytes = plan
-            .into_iter()
-            .flat_map(|p| p.buckets.iter().flat_map(|b| &b.segments))
-            .filter(|s| s.root == rank)
-            .map(|s| s.len_bytes)
-            .sum();
+        let rooted =
+            |bucket: &Bucket| bucket.segments.iter().filter(|s| s.root == rank).map(|s| s.len_bytes).sum();
+        let buckets = plan.into_iter().flat_map(|plan| &plan.buckets);
+        let bucket_bytes_each: Vec<(u64, u64)> = buckets.map(|b| (b.len_bytes, rooted(b))).collect();
+        let rooted_bytes = bucket_bytes_each.iter().map(|(_, rooted)| rooted).sum();
         Self {
             version,
             epoch: epoch.unwrap_or_default(),
@@ -105,6 +107,7 @@ impl UpdateReport {
             bucket_bytes: plan.map_or(0, |p| p.bucket_bytes),
             ring_bytes: plan.map_or(0, |p| p.ring_bytes),
             stages,
+            bucket_bytes_each,
             spans,
         }
     }

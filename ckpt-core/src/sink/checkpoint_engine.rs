@@ -20,6 +20,7 @@ use super::{
 use crate::{
     device::Ring,
     error::{Error, ErrorKind, Key, Result},
+    liveness,
     worker::wire::clip,
 };
 
@@ -106,11 +107,20 @@ impl CheckpointEngineSink {
             return Err(self.error(ErrorKind::Internal, operation, "no worker is connected"));
         };
         link.untouched = false;
+        let pid = peer.pid();
         let asked = async {
             peer.request(payload).await?;
             peer.reply().await
         };
-        match timeout_at(deadline.into(), asked).await {
+        let waited = tokio::select! {
+            biased;
+            waited = timeout_at(deadline.into(), asked) => waited,
+            pid = liveness::stopped(pid) => {
+                link.stopped = true;
+                return Err(self.error(ErrorKind::PeerLost, operation, liveness::told(pid, "the worker")));
+            }
+        };
+        match waited {
             Ok(Ok(reply)) => {
                 read_reply(&reply).map_err(|(kind, message)| self.error(kind, operation, message))
             }
@@ -192,7 +202,11 @@ impl WeightSink for CheckpointEngineSink {
         // The worker has no deadline of its own: if it is busy for longer than this call may take, it must still hear
         // the exception when it comes back, or it would wait for ever. So this runs by itself.
         let text = cause.flattened().to_string();
+        let stopped = link.stopped;
         let mut telling = tokio::spawn(async move { timeout(LINGER, link.raise(&text)).await.is_ok() });
+        if stopped {
+            return Ok(Afterwards::MayHold);
+        }
         match timeout_at(deadline.into(), &mut telling).await {
             // It closes its socket before it drops the ring, so even a closed link says nothing.
             Ok(_) => Ok(Afterwards::MayHold),
@@ -212,6 +226,7 @@ pub(super) struct Link {
     lost: Option<Lost>,
     /// Nothing was ever sent: the worker still waits for its first message.
     untouched: bool,
+    stopped: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -225,7 +240,7 @@ enum Lost {
 impl Link {
     /// To a worker that may come to `gate`.
     pub(super) fn new(gate: Gate<ZmtpProtocol>) -> Self {
-        Self { gate, peer: None, lost: None, untouched: true }
+        Self { gate, peer: None, lost: None, untouched: true, stopped: false }
     }
 
     /// Makes the worker raise, however long it takes.
@@ -280,7 +295,7 @@ fn by_peer(error: &ZmtpError) -> bool {
 }
 
 /// `Ok` for the empty reply; else what the worker says.
-fn read_reply(reply: &[u8]) -> Result<(), (ErrorKind, String)> {
+pub(crate) fn read_reply(reply: &[u8]) -> Result<(), (ErrorKind, String)> {
     if reply.is_empty() {
         return Ok(());
     }

@@ -1,7 +1,7 @@
 //! The sink seam: how an inference worker is told where new weights lie and says that it has taken them.
 
 mod ce_message;
-mod checkpoint_engine;
+pub(crate) mod checkpoint_engine;
 mod gate;
 mod layout;
 mod native;
@@ -9,7 +9,7 @@ mod pickle;
 mod protocol;
 mod stranded;
 mod stream;
-mod zmtp;
+pub(crate) mod zmtp;
 
 use std::time::Instant;
 

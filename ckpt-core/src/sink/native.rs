@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, VecDeque},
     path::Path,
     sync::{Arc, OnceLock},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -22,9 +22,12 @@ use super::{
 use crate::{
     device::{Ring, RingExport},
     error::{Error, ErrorKind, Key, Result},
+    liveness,
     worker::wire::{self, Down, Entry, Hello, Open, RingId, TensorRef, Up},
 };
 
+/// How long a worker that has not come yet is waited for to be told of a failure.
+const LATE: Duration = Duration::from_secs(1);
 /// Tensors of one layout frame.
 const LAYOUT_CHUNK: usize = 16_384;
 pub(super) const FILE_KIND: &str = "native";
@@ -201,7 +204,16 @@ impl NativeSink {
         let Some(peer) = &mut self.peer else {
             return Err(self.error(ErrorKind::Internal, operation, "no worker is connected"));
         };
-        match tokio::time::timeout_at(deadline.into(), peer.receive()).await {
+        let pid = peer.pid;
+        let waited = tokio::select! {
+            biased;
+            waited = tokio::time::timeout_at(deadline.into(), peer.receive()) => waited,
+            pid = liveness::stopped(pid) => {
+                peer.stopped = true;
+                return Err(self.error(ErrorKind::PeerLost, operation, liveness::told(pid, "the worker")));
+            }
+        };
+        match waited {
             Ok(Ok(Up::Error { text })) => {
                 self.stage = Stage::Reported;
                 self.owed.clear();
@@ -346,9 +358,15 @@ impl WeightSink for NativeSink {
             self.peer = None;
             return Ok(Afterwards::MayHold);
         }
-        self.connected(deadline).await?;
+        // A worker that comes later finds the door closed, which says enough.
+        self.connected(deadline.min(Instant::now() + LATE)).await?;
         let text = cause.flattened().to_string();
         self.send(&Down::Fail { text }, "tell the worker to raise", deadline).await?;
+        if self.peer.as_ref().is_some_and(|p| p.stopped) {
+            // It will read that when it is woken.
+            self.stage = Stage::Finished;
+            return Ok(Afterwards::MayHold);
+        }
         // It answers once it has let go of the ring; a closed link says the same.
         loop {
             match self.reply("wait until the worker has raised", deadline).await {
@@ -389,6 +407,9 @@ struct Peer {
     inbox: BytesMut,
     hello: Hello,
     half_sent: bool,
+    /// As the kernel sees it from here: the worker's own word may be of another namespace.
+    pid: Option<i32>,
+    stopped: bool,
 }
 
 enum Lost {
@@ -447,7 +468,8 @@ impl Protocol for NativeProtocol {
             Ok(_) => return Err("its first message is not a hello".to_owned()),
             Err(lost) => return Err(lost.text()),
         };
-        let peer = Peer { stream, inbox, hello, half_sent: false };
+        let pid = stream.peer_cred().ok().and_then(|cred| cred.pid());
+        let peer = Peer { stream, inbox, hello, half_sent: false, pid, stopped: false };
         if peer.hello.uuid != self.uuid {
             let why = format!("this endpoint is for the worker of {}, not of {}", self.uuid, peer.hello.uuid);
             self.refuse(peer, why.clone()).await;

@@ -22,7 +22,7 @@ const GREETING_LEN: usize = 64;
 
 /// What ended the connection.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ZmtpError {
+pub(crate) enum ZmtpError {
     #[error("the peer closed the connection")]
     Closed,
     #[error(transparent)]
@@ -41,7 +41,7 @@ type Result<T> = std::result::Result<T, ZmtpError>;
 
 /// A connected `REP` socket.
 #[derive(Debug)]
-pub(super) struct Replier {
+pub(crate) struct Replier {
     stream: UnixStream,
     inbox: BytesMut,
     /// Parts of a message whose last part has not come.
@@ -56,7 +56,7 @@ pub(super) struct Replier {
 
 impl Replier {
     /// Greets, exchanges `READY`, checks that the other side is a `REP` socket.
-    pub(super) async fn handshake(mut stream: UnixStream) -> Result<Self> {
+    pub(crate) async fn handshake(mut stream: UnixStream) -> Result<Self> {
         let pid = stream.peer_cred().ok().and_then(|cred| cred.pid());
         stream.write_all(&greeting()).await?;
         let mut theirs = [0; GREETING_LEN];
@@ -108,7 +108,7 @@ impl Replier {
     }
 
     /// Sends a request. If the future is dropped in the middle the connection is of no more use.
-    pub(super) async fn request(&mut self, payload: &[u8]) -> Result<()> {
+    pub(crate) async fn request(&mut self, payload: &[u8]) -> Result<()> {
         if self.half_sent {
             return Err(ZmtpError::HalfSent);
         }
@@ -149,7 +149,7 @@ impl Replier {
     }
 
     /// The reply to the request. Cancel safe: what has come stays.
-    pub(super) async fn reply(&mut self) -> Result<BytesMut> {
+    pub(crate) async fn reply(&mut self) -> Result<BytesMut> {
         loop {
             if let Some(mut frames) = self.take_message()? {
                 let payload = frames.pop().unwrap_or_default();

@@ -8,6 +8,7 @@
 pub mod conformance;
 mod explore;
 mod fault;
+pub mod fuzz;
 mod law;
 mod model;
 mod plans;

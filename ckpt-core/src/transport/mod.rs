@@ -1,4 +1,4 @@
-//! The transport seam: broadcasts in a group (collective facet) and reads of remote memory (one-sided facet).
+//! The transport seam: broadcasts in a group (collective facet), reads and writes of remote memory (one-sided facet).
 
 pub mod endings;
 mod group;
@@ -8,6 +8,7 @@ mod poison;
 mod regions;
 mod registry;
 pub mod tcp;
+mod transfer;
 
 use std::{fmt, sync::Arc, time::Instant};
 
@@ -16,10 +17,11 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 pub use registry::{AUTO, Probe, Registry, Requirement, TransportConfig, TransportProvider};
+pub use transfer::{Transfer, Way};
 
 use crate::{
     device::{Buffer, BufferSlice, Event, Stream},
-    error::{Error, Result},
+    error::{Error, ErrorKind, Result},
     types::Epoch,
 };
 
@@ -30,6 +32,8 @@ pub struct Capability {
     pub collective: bool,
     /// It reads remote regions.
     pub one_sided: bool,
+    /// It writes remote regions as well.
+    pub one_sided_write: bool,
     /// It reaches other processes.
     pub across_processes: bool,
     /// It reaches other hosts.
@@ -135,13 +139,25 @@ pub struct ReadOp {
     pub into: BufferSlice,
 }
 
-/// Memory that peers can read until this is dropped.
+/// One write.
+#[derive(Clone, Debug)]
+pub struct WriteOp {
+    /// Whose memory; registered with [`OneSided::register_writable`].
+    pub region: Arc<RemoteRegion>,
+    /// Bytes from the region's start.
+    pub offset: u64,
+    /// Where from; its length is the write's.
+    pub from: BufferSlice,
+}
+
+/// Memory that peers can read, or also write, until this is dropped. From then on no byte of a peer arrives (over Mooncake
+/// one that is under way may), and a peer whose bytes came too late learns that they did not count.
 pub trait Registration: Send + Sync + fmt::Debug {
     /// What to tell them.
     fn region(&self) -> &RemoteRegion;
 }
 
-/// Reads remote memory without attention of the owner's code.
+/// Reads and writes remote memory without attention of the owner's code.
 #[async_trait]
 pub trait OneSided: Send + Sync {
     /// Makes `buffer` readable by peers.
@@ -149,4 +165,17 @@ pub trait OneSided: Send + Sync {
     /// Starts a batch of reads; the event completes when all bytes are there, or fails by `deadline`. The batch owns
     /// its memory until it is retired, also when the event is dropped.
     fn post_read(&self, batch: Vec<ReadOp>, deadline: Instant) -> Result<Event>;
+    /// Makes `buffer` readable and writable by peers. Refused by transports that cannot write.
+    async fn register_writable(&self, _buffer: Arc<dyn Buffer>) -> Result<Arc<dyn Registration>> {
+        Err(cannot_write("register memory"))
+    }
+    /// Starts a batch of writes; the event completes when all bytes are in the owners' memory, or fails by `deadline`.
+    /// After a failure any part of them may have arrived. Otherwise as [`Self::post_read`].
+    fn post_write(&self, _batch: Vec<WriteOp>, _deadline: Instant) -> Result<Event> {
+        Err(cannot_write("write remote memory"))
+    }
+}
+
+fn cannot_write(operation: &'static str) -> Error {
+    Error::new(ErrorKind::Unsupported, operation, "this transport reads remote memory only; choose another")
 }

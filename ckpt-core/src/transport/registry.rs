@@ -53,6 +53,10 @@ pub trait TransportProvider: Send + Sync {
     fn probe(&self) -> Probe;
     /// Opens it.
     fn open(&self, config: &TransportConfig) -> Result<Arc<dyn Transport>>;
+    /// Whether what it opens may have the collective facet. One that has not is for reading beside another.
+    fn broadcasts(&self) -> bool {
+        true
+    }
 }
 
 /// The transports and devices of this build, in the order in which `auto` tries them.

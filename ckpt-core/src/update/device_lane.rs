@@ -3,6 +3,8 @@
 
 use std::{
     collections::BTreeMap,
+    iter::repeat,
+    ops::Range,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -21,7 +23,7 @@ use super::{
 use crate::{
     device::{Buffer, BufferSlice, DeviceBackend, Event as DeviceEvent, Ring, Stream},
     error::{Error, ErrorKind, Key, Result},
-    plan::UpdatePlan,
+    plan::{Segment, UpdatePlan},
     transport::{AbortHandle, CollectiveOp, Communicator, CommunicatorQueue},
     types::Rank,
 };
@@ -29,7 +31,7 @@ use crate::{
 /// A bucket on its way: what its completion depends on.
 struct InFlight {
     bucket: u32,
-    loaded: Option<(DeviceEvent, Duration)>,
+    loading: Option<Loading>,
     /// Pulled bytes on their way from the host into the ring.
     staged: Option<DeviceEvent>,
     exchanged: Option<DeviceEvent>,
@@ -41,6 +43,33 @@ struct InFlight {
 /// first one later.
 const PULLS_AT_ONCE: usize = 2;
 
+/// A tensor larger than a bucket is loaded and sent in pieces of a bucket's size, but no smaller than this: the group
+/// would otherwise wait for the whole load, and the next loads for the whole exchange.
+const MIN_PIECE_BYTES: u64 = 32 << 20;
+
+/// What is sent at once: parts of segments, as ranges from their starts. Usually a bucket is one group; a large tensor
+/// is several. Every member finds the same groups in the plan.
+fn groups(plan: &UpdatePlan, bucket: u32) -> Vec<Vec<(&Segment, Range<u64>)>> {
+    let piece = plan.bucket_bytes.max(MIN_PIECE_BYTES);
+    match plan.buckets[bucket as usize].segments.as_slice() {
+        [segment] if segment.len_bytes > piece => (0..segment.len_bytes.div_ceil(piece))
+            .map(|n| vec![(segment, n * piece..segment.len_bytes.min((n + 1) * piece))])
+            .collect(),
+        segments => vec![segments.iter().map(|segment| (segment, 0..segment.len_bytes)).collect()],
+    }
+}
+
+fn shifted(range: &Range<u64>, by: u64) -> Range<u64> {
+    range.start + by..range.end + by
+}
+
+/// H2D of a bucket's own segments.
+struct Loading {
+    /// For each group of broadcasts: its bytes are in the ring.
+    loaded: Vec<DeviceEvent>,
+    start: Duration,
+}
+
 /// How a pull ended: with what the exchange has still to wait for.
 type PullOutcome = Result<Option<DeviceEvent>>;
 type Pulled = oneshot::Receiver<PullOutcome>;
@@ -49,7 +78,7 @@ type PullOrder = (u32, oneshot::Sender<PullOutcome>);
 
 struct Exchange {
     bucket: u32,
-    loaded: Option<(DeviceEvent, Duration)>,
+    loading: Option<Loading>,
     pulled: Option<Pulled>,
 }
 
@@ -77,7 +106,7 @@ pub(super) struct DeviceLane {
     memory: Arc<dyn Buffer>,
     arenas: Vec<Arc<dyn Buffer>>,
     h2d: Arc<dyn Stream>,
-    loads: BTreeMap<u32, (DeviceEvent, Duration)>,
+    loads: BTreeMap<u32, Loading>,
     puller: Option<Arc<Puller>>,
     pulls: Option<mpsc::UnboundedSender<PullOrder>>,
     pulled: BTreeMap<u32, Pulled>,
@@ -167,35 +196,35 @@ impl DeviceLane {
     /// Enqueues H2D of this rank's own segments of `bucket`, and asks for those that it pulls.
     pub(super) fn load(&mut self, bucket: u32) -> Result<()> {
         let start = self.trace.now();
-        let (mut any, mut pulls) = (false, false);
+        let (mut loaded, mut pulls) = (Vec::new(), false);
         let plan = self.plan.clone();
-        for segment in plan.buckets[bucket as usize].segments.iter().filter(|s| s.root == self.rank) {
-            if self.puller.as_ref().is_some_and(|p| p.pulls(segment)) {
-                pulls = true;
-                continue;
+        for group in groups(&plan, bucket) {
+            let mut any = false;
+            for (segment, range) in group.into_iter().filter(|(s, _)| s.root == self.rank) {
+                if self.puller.as_ref().is_some_and(|p| p.pulls(segment)) {
+                    pulls = true;
+                    continue;
+                }
+                let arena = self.arenas.get(segment.arena as usize).ok_or_else(|| {
+                    Error::new(
+                        ErrorKind::Internal,
+                        "load a bucket",
+                        format!("the plan names arena {} of {} here", segment.arena, self.arenas.len()),
+                    )
+                    .with(Key::Rank, self.rank)
+                    .with(Key::Bucket, bucket)
+                })?;
+                let from = BufferSlice::new(arena.clone(), shifted(&range, segment.arena_offset))?;
+                let to = BufferSlice::new(self.memory.clone(), shifted(&range, segment.ring_offset))?;
+                self.h2d.copy(from, to)?;
+                any = true;
             }
-            let arena = self.arenas.get(segment.arena as usize).ok_or_else(|| {
-                Error::new(
-                    ErrorKind::Internal,
-                    "load a bucket",
-                    format!("the plan names arena {} of {} here", segment.arena, self.arenas.len()),
-                )
-                .with(Key::Rank, self.rank)
-                .with(Key::Bucket, bucket)
-            })?;
-            let from = BufferSlice::new(
-                arena.clone(),
-                segment.arena_offset..segment.arena_offset + segment.len_bytes,
-            )?;
-            let to = BufferSlice::new(
-                self.memory.clone(),
-                segment.ring_offset..segment.ring_offset + segment.len_bytes,
-            )?;
-            self.h2d.copy(from, to)?;
-            any = true;
+            if any {
+                loaded.push(self.h2d.record()?);
+            }
         }
-        if any {
-            self.loads.insert(bucket, (self.h2d.record()?, start));
+        if !loaded.is_empty() {
+            self.loads.insert(bucket, Loading { loaded, start });
         }
         if let (Some(queue), true) = (&self.pulls, pulls) {
             let (done, pulled) = oneshot::channel();
@@ -209,8 +238,8 @@ impl DeviceLane {
     /// Enqueues the bucket's broadcasts behind its loads; [`Event::Exchanged`] or [`Event::Failed`] follows.
     pub(super) fn exchange(&mut self, bucket: u32) {
         // A task that has ended has already reported why.
-        let (loaded, pulled) = (self.loads.remove(&bucket), self.pulled.remove(&bucket));
-        let _ = self.exchanges.send(Exchange { bucket, loaded, pulled });
+        let (loading, pulled) = (self.loads.remove(&bucket), self.pulled.remove(&bucket));
+        let _ = self.exchanges.send(Exchange { bucket, loading, pulled });
     }
 
     /// Poisons the communicator and frees whoever waits in it or for a pull. Reads that are under way own their memory
@@ -321,15 +350,18 @@ impl ExchangeTask {
         };
         let start = self.trace.now();
         let deadline = Instant::now() + self.deadline;
-        let exchanged = match &mut self.queue {
-            None => None,
-            Some(queue) => {
-                for event in exchange.loaded.iter().map(|(loaded, _)| loaded).chain(&staged) {
+        let mut exchanged = None;
+        if let Some(queue) = &mut self.queue {
+            if let Some(event) = &staged {
+                self.net.wait(event)?;
+            }
+            let loaded = exchange.loading.iter().flat_map(|l| &l.loaded).map(Some).chain(repeat(None));
+            for (group, loaded) in groups(&self.plan, exchange.bucket).into_iter().zip(loaded) {
+                if let Some(event) = loaded {
                     self.net.wait(event)?;
                 }
-                let segments = &self.plan.buckets[exchange.bucket as usize].segments;
-                let mut ops = Vec::with_capacity(segments.len());
-                for segment in segments {
+                let mut ops = Vec::with_capacity(group.len());
+                for (segment, range) in group {
                     let root = self.plan.members.binary_search(&segment.root).map_err(|_| {
                         Error::new(
                             ErrorKind::Internal,
@@ -337,14 +369,20 @@ impl ExchangeTask {
                             format!("root {} is not a member", segment.root),
                         )
                     })?;
-                    let range = segment.ring_offset..segment.ring_offset + segment.len_bytes;
-                    let buffer = BufferSlice::new(self.memory.clone(), range)?;
+                    let buffer = BufferSlice::new(self.memory.clone(), shifted(&range, segment.ring_offset))?;
                     ops.push(CollectiveOp { root: root as u32, buffer });
                 }
-                Some(queue.enqueue(ops, &self.net).await?)
+                exchanged = Some(queue.enqueue(ops, &self.net).await?);
             }
-        };
-        Ok(InFlight { bucket: exchange.bucket, loaded: exchange.loaded, staged, exchanged, start, deadline })
+        }
+        Ok(InFlight {
+            bucket: exchange.bucket,
+            loading: exchange.loading,
+            staged,
+            exchanged,
+            start,
+            deadline,
+        })
     }
 }
 
@@ -376,8 +414,11 @@ impl WatchTask {
 
     async fn complete(&self, in_flight: InFlight) -> Result<()> {
         let bucket = Some(in_flight.bucket);
-        if let Some((loaded, start)) = &in_flight.loaded {
-            loaded.done(in_flight.deadline).await?;
+        if let Some(Loading { loaded, start }) = &in_flight.loading {
+            // The stream is a queue: the last one ends last.
+            if let Some(last) = loaded.last() {
+                last.done(in_flight.deadline).await?;
+            }
             self.trace.end(Stage::Load, bucket, *start);
         }
         if let Some(staged) = &in_flight.staged {

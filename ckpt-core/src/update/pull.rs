@@ -133,7 +133,7 @@ pub(crate) fn encode_regions<'a>(regions: impl Iterator<Item = &'a RemoteRegion>
 }
 
 /// A rank's regions as `transport` reads them, one for each arena.
-fn regions_of(metas: &RankMetas, transport: &str) -> Result<Vec<RemoteRegion>> {
+pub(crate) fn regions_of(metas: &RankMetas, transport: &str) -> Result<Vec<RemoteRegion>> {
     let corrupt = |what: &str| {
         Error::new(ErrorKind::Corrupt, OPERATION, format!("the owner's metas are damaged: {what}"))
     };
@@ -260,6 +260,7 @@ impl Puller {
             }
             owners.entry(segment.owner).or_default().push((segment, into));
         }
+        tracing::debug!(rank = self.rank, owners = ?owners.keys(), "pulling a bucket");
         // One batch an owner, so that a failure names it.
         let each = owners.into_iter().map(|(owner, parts)| self.bring(owner, parts, number, deadline));
         try_join_all(each).await?;

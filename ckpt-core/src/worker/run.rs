@@ -29,6 +29,11 @@ pub trait Apply {
     /// finished its copies.
     fn bucket(&mut self, bucket: u32, tensors: &[TensorView<'_>]) -> Result<()>;
 
+    /// All buckets are in and the ring is about to be unmapped; nothing may refer to it any more.
+    fn release(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     /// All buckets are in and the ring is gone: makes the new weights ready for use.
     fn post_hook(&mut self) -> Result<()> {
         Ok(())
@@ -211,6 +216,7 @@ impl NativeWorker {
                 Ok(Some(Up::Ack { bucket }))
             }
             (Stage::Open, Down::Release { keep }) => {
+                apply.release()?;
                 session.stage = Stage::Released;
                 session.ring = None;
                 if !keep {

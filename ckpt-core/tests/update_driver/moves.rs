@@ -152,6 +152,37 @@ async fn small_and_empty_checkpoints_are_updates_too() {
     .await;
 }
 
+/// A tensor of two pieces and a few bytes: each piece is sent as soon as it is loaded.
+async fn a_large_tensor(kind: Kind, adversary: Option<u64>, world_size: u32) {
+    const MIB: u64 = 1 << 20;
+    let mut setup = Setup::new(kind, adversary, world_size);
+    setup.limits =
+        PlanLimits { target_bucket_bytes: MIB, ring_slack_bytes: 2 * MIB, ..PlanLimits::default() };
+    let mut cluster = setup.start().await;
+    let source = CheckpointSource::generated(
+        [(1000, "small"), (33 * MIB + 77, "large"), (5, "last")]
+            .map(|(len_bytes, name)| TensorMeta::new(name, DType::U8, [len_bytes]).unwrap()),
+        3,
+    );
+    cluster.register("model", &source).await;
+    for version in 1..=2 {
+        let buckets = u64::from(cluster.update_well("model", version, &source).await[0].buckets);
+        for rank in &cluster.ranks {
+            let groups = if world_size > 1 { version * (buckets + 1) } else { 0 };
+            assert_eq!(*rank.watch.enqueued.borrow(), groups, "one group more than buckets");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_tensor_is_sent_in_pieces() {
+    for (kind, adversary, world_size) in
+        [(Kind::Local, None, 3), (Kind::Tcp, None, 2), (Kind::Local, Some(7), 2), (Kind::Tcp, None, 1)]
+    {
+        a_large_tensor(kind, adversary, world_size).await;
+    }
+}
+
 fn span(report: &UpdateReport, stage: Stage, bucket: u32) -> Span {
     let found = report.spans.iter().find(|s| s.stage == stage && s.bucket == Some(bucket));
     *found.unwrap_or_else(|| panic!("no {stage:?} of bucket {bucket}"))

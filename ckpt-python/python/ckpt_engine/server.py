@@ -7,7 +7,7 @@ import atexit
 import json
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -51,6 +51,7 @@ class ParameterServer:
         mem_fraction: the part of the free device memory that an update may use.
         master_addr, master_port: where rank 0 listens. A port from here is used as it is, one from the variable
             MASTER_PORT is raised by one, since torchrun listens on it.
+        local_rank: which of the visible accelerators, if it is not the one above.
         device: `auto`, `cuda`, `ascend` or `host`.
         transport, p2p_transport: how bytes reach other ranks, and how other ranks' memory is read; `ckpt doctor` lists
             them.
@@ -72,6 +73,7 @@ class ParameterServer:
         mem_fraction: float | None = None,
         master_addr: str | None = None,
         master_port: int | None = None,
+        local_rank: int | None = None,
         device: str = "auto",
         transport: str = "auto",
         p2p_transport: str = "auto",
@@ -99,7 +101,12 @@ class ParameterServer:
         if master_port is not None:
             host = master_addr or os.environ.get("MASTER_ADDR") or "127.0.0.1"
             variables["CKPT_HUB_ADDRESS"] = f"[{host}]:{master_port}" if ":" in host else f"{host}:{master_port}"
-        variables.update(_local_rank(rank, gpu_count, device))
+        if rank is not None:
+            variables["LOCAL_RANK"] = ""
+        if world_size is not None and int(os.environ.get("LOCAL_WORLD_SIZE") or 0) > world_size:
+            variables["LOCAL_WORLD_SIZE"] = ""
+        if local_rank is None:
+            local_rank = _accelerator(rank, gpu_count, device)
         self._auto_pg = auto_pg
         self._met = False
         self._protocol = worker_protocol
@@ -107,6 +114,7 @@ class ParameterServer:
         self._server = Server(
             {
                 "variables": variables,
+                "local_rank": local_rank,
                 "device": device,
                 "transport": transport,
                 "reader": p2p_transport,
@@ -257,6 +265,29 @@ class ParameterServer:
         )
         return json.loads(report)
 
+    def stream(
+        self,
+        checkpoint_name: str,
+        *,
+        timeout: timedelta | float = timedelta(minutes=10),
+        ranks: Sequence[int] | None = None,
+        version: int | None = None,
+    ) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        """An update whose worker is this process: yields buckets of `(name, tensor)`, at the pace of the consumer.
+
+        The tensors are views of a ring whose bytes change when the next bucket is asked for. The last bucket is behind you
+        when the iterator has ended; only then are the weights whole. Leaving it earlier fails the update on all ranks.
+        """
+        members = sorted(set(ranks or ()))
+        stream = self._server.stream(checkpoint_name, members, version, _seconds(timeout))
+        accelerator = devices.module(devices.device_type()) if self.device_kind != "host" else None
+        while (bucket := stream.next_bucket()) is not None:
+            yield [(name, tensors.as_tensor(memory, dtype, shape)) for name, dtype, shape, memory in bucket]
+            del bucket
+            if accelerator is not None:
+                # What the consumer began to copy is copied before the bytes change.
+                accelerator.synchronize()
+
     def tensors(self, checkpoint_name: str) -> dict[str, torch.Tensor]:
         """This rank's share of a checkpoint, as views of the memory that is sent from."""
         found = {}
@@ -294,19 +325,15 @@ def _secret(token: bytes | str | None) -> bytes | None:
     return token.encode() if isinstance(token, str) else token
 
 
-def _local_rank(rank: int | None, gpu_count: int | None, device: str) -> dict[str, str]:
+def _accelerator(rank: int | None, gpu_count: int | None, device: str) -> int | None:
     """Which of the visible accelerators: LOCAL_RANK where it names one, else the rank modulo their number."""
     visible = gpu_count
     if visible is None and device != "host":
         accelerator = devices.module(devices.device_type())
         visible = accelerator.device_count() if accelerator is not None else None
-    number = rank if rank is not None else int(os.environ.get("RANK") or 0)
-    given = os.environ.get("LOCAL_RANK")
     if not visible:
-        # With the rank, the launcher's other variables are another process's.
-        return {} if rank is None or given is None else {"LOCAL_RANK": "", "LOCAL_WORLD_SIZE": ""}
-    local = int(given) if given and rank is None and int(given) < visible else number % visible
-    variables = {"LOCAL_RANK": str(local)}
-    if local >= int(os.environ.get("LOCAL_WORLD_SIZE") or visible):
-        variables["LOCAL_WORLD_SIZE"] = ""
-    return variables
+        return None
+    given = os.environ.get("LOCAL_RANK")
+    if rank is None and given and int(given) < visible:
+        return int(given)
+    return (int(os.environ.get("RANK") or 0) if rank is None else rank) % visible

@@ -171,10 +171,12 @@ def _checkpoint_engine(
     post_hook: Callable[[], None] | None,
 ) -> None:
     device = _Device()
+    handle = _receive(socket)
+    if isinstance(handle, Exception):
+        # The update failed before it had a ring.
+        raise handle
     try:
-        buffer: torch.Tensor | None = _open(_receive(socket), device_id)
-    except TimeoutError:
-        raise
+        buffer: torch.Tensor | None = _open(handle, device_id)
     except Exception as error:
         # The other ranks hear of it before this one raises.
         socket.send_string(_trace(error))

@@ -96,6 +96,7 @@ impl Transport for CudaIpcTransport {
         Capability {
             collective: true,
             one_sided: false,
+            one_sided_write: false,
             across_processes: true,
             across_hosts: false,
             devices: &["cuda"],

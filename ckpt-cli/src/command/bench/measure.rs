@@ -8,7 +8,7 @@ use ckpt_core::{
     checkpoint::{CheckpointSource, NamedTensor},
     control::Session,
     device::{BufferSlice, DeviceBackend, Event, Stream, host::HostBuffer},
-    transport::{AbortHandle, CollectiveOp, Communicator, GroupSpec, ReadOp, RemoteRegion, Transport},
+    transport::{AbortHandle, CollectiveOp, Communicator, GroupSpec, Transport},
     types::TensorMeta,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -25,25 +25,28 @@ pub(super) struct Sample {
     pub(super) size_bytes: u64,
     /// Of one operation, on the slowest rank.
     pub(super) seconds: f64,
-    /// Of each read, in ascending order; empty for collectives.
+    /// The same in the fastest stretch, on the fastest rank; not for collectives.
+    pub(super) fastest: Option<f64>,
+    /// Of each single read or write, in ascending order; empty for collectives.
     pub(super) latencies: Vec<f64>,
     /// Bytes that arrived wrong, if they were compared.
     pub(super) wrong_bytes: Option<u64>,
 }
 
 /// What a rank tells the others after a size.
-#[derive(Serialize, Deserialize)]
-struct Part {
-    seconds: f64,
-    latencies: Vec<f64>,
-    wrong_bytes: Option<u64>,
+#[derive(Default, Serialize, Deserialize)]
+pub(super) struct Part {
+    pub(super) seconds: f64,
+    pub(super) fastest: Option<f64>,
+    pub(super) latencies: Vec<f64>,
+    pub(super) wrong_bytes: Option<u64>,
 }
 
 pub(super) struct Bench {
-    args: TransportArgs,
+    pub(super) args: TransportArgs,
     session: Session,
-    device: Arc<dyn DeviceBackend>,
-    transport: Arc<dyn Transport>,
+    pub(super) device: Arc<dyn DeviceBackend>,
+    pub(super) transport: Arc<dyn Transport>,
     stream: Arc<dyn Stream>,
     gathers: u64,
 }
@@ -59,15 +62,15 @@ impl Bench {
         Ok(Self { args, session, device, transport, stream, gathers: 0 })
     }
 
-    fn rank(&self) -> u32 {
+    pub(super) fn rank(&self) -> u32 {
         self.session.rank()
     }
 
-    fn world_size(&self) -> u32 {
+    pub(super) fn world_size(&self) -> u32 {
         self.session.world_size()
     }
 
-    fn deadline(&self) -> Instant {
+    pub(super) fn deadline(&self) -> Instant {
         Instant::now() + self.args.limit()
     }
 
@@ -76,12 +79,12 @@ impl Bench {
         let mut samples = Vec::new();
         let mut communicator = match self.args.op {
             Op::Broadcast | Op::Allgather => Some(self.join().await?),
-            Op::Read => None,
+            Op::Read | Op::Write => None,
         };
         for size in self.args.sizes.clone() {
             let part = match &mut communicator {
                 Some(communicator) => self.collective(communicator, size.0).await?,
-                None => self.reads(size.0).await?,
+                None => self.one_sided(size.0).await?,
             };
             samples.push(self.combine(size.0, part).await?);
         }
@@ -140,7 +143,7 @@ impl Bench {
             self.repeat(communicator, &ops, 1).await?;
             wrong_bytes = Some(self.wrong(&memory, expected).await?);
         }
-        Ok(Part { seconds, latencies: Vec::new(), wrong_bytes })
+        Ok(Part { seconds, wrong_bytes, ..Part::default() })
     }
 
     async fn repeat(&self, communicator: &mut Communicator, ops: &[CollectiveOp], times: u32) -> Result<()> {
@@ -160,43 +163,8 @@ impl Bench {
         }
     }
 
-    async fn reads(&mut self, size: u64) -> Result<Part> {
-        let transport = self.transport.clone();
-        let facet = transport.one_sided().ok_or_else(|| no_facet(&*transport, "one-sided reads"))?;
-        let (expected, opposite) = patterns(size).await?;
-        // Rank 0 lends; alone it reads its own memory.
-        let registration = match self.rank() {
-            0 => Some(facet.register(self.pinned(&expected)?.buffer().clone()).await?),
-            _ => None,
-        };
-        let region = registration.as_ref().map(|registration| registration.region().clone());
-        let regions: Vec<Option<RemoteRegion>> = self.exchange(&region).await?;
-        let region = regions.into_iter().flatten().next().ok_or_else(|| bug("rank 0 told no region"))?;
-        let mut part = Part { seconds: 0.0, latencies: Vec::new(), wrong_bytes: None };
-        if self.rank() != 0 || self.world_size() == 1 {
-            let into = self.pinned(&opposite)?;
-            let op = ReadOp { region: Arc::new(region), offset: 0, into: into.clone() };
-            let deadline = self.deadline();
-            for number in 0..self.args.warmup + self.args.iters {
-                let started = Instant::now();
-                facet.post_read(vec![op.clone()], deadline)?.done(deadline).await?;
-                if number >= self.args.warmup {
-                    part.latencies.push(started.elapsed().as_secs_f64());
-                }
-            }
-            part.seconds = part.latencies.iter().sum::<f64>() / part.latencies.len() as f64;
-            if self.args.check {
-                part.wrong_bytes = Some(self.wrong(&into, expected).await?);
-            }
-        }
-        // The memory is lent until all have read.
-        self.exchange(&()).await?;
-        drop(registration);
-        Ok(part)
-    }
-
     /// Bytes of `memory` that are not as expected.
-    async fn wrong(&self, memory: &BufferSlice, expected: Vec<u8>) -> Result<u64> {
+    pub(super) async fn wrong(&self, memory: &BufferSlice, expected: Vec<u8>) -> Result<u64> {
         // Into bytes that are all wrong: a copy that does not happen is seen.
         let (_, opposite) = patterns(expected.len() as u64).await?;
         let found = self.pinned(&opposite)?;
@@ -210,11 +178,11 @@ impl Bench {
     }
 
     /// Host memory with these bytes. Accelerators copy from and to pinned memory only.
-    fn pinned(&self, bytes: &[u8]) -> Result<BufferSlice> {
+    pub(super) fn pinned(&self, bytes: &[u8]) -> Result<BufferSlice> {
         Ok(BufferSlice::whole(self.device.pin(HostBuffer::from_bytes(bytes)?)?))
     }
 
-    async fn copy(&self, from: BufferSlice, to: BufferSlice) -> Result<()> {
+    pub(super) async fn copy(&self, from: BufferSlice, to: BufferSlice) -> Result<()> {
         self.stream.copy(from, to)?;
         self.stream.record()?.done(self.deadline()).await
     }
@@ -224,6 +192,9 @@ impl Bench {
         let mut sample = Sample { size_bytes, ..Sample::default() };
         for part in parts {
             sample.seconds = sample.seconds.max(part.seconds);
+            if let Some(fastest) = part.fastest {
+                sample.fastest = Some(sample.fastest.map_or(fastest, |known| known.min(fastest)));
+            }
             sample.latencies.extend(part.latencies);
             if let Some(wrong) = part.wrong_bytes {
                 *sample.wrong_bytes.get_or_insert(0) += wrong;
@@ -234,7 +205,7 @@ impl Bench {
     }
 
     /// Tells every rank and hears every rank.
-    async fn exchange<T: Serialize + DeserializeOwned>(&mut self, mine: &T) -> Result<Vec<T>> {
+    pub(super) async fn exchange<T: Serialize + DeserializeOwned>(&mut self, mine: &T) -> Result<Vec<T>> {
         self.gathers += 1;
         let name = format!("bench {}", self.gathers);
         let not_json = |error: serde_json::Error| bug("what a rank tells is not JSON").caused_by(error);
@@ -257,7 +228,7 @@ async fn settle(event: &Event, abort: &Arc<dyn AbortHandle>, deadline: Instant) 
     }
 }
 
-fn no_facet(transport: &dyn Transport, what: &str) -> Error {
+pub(super) fn no_facet(transport: &dyn Transport, what: &str) -> Error {
     Error::new(
         ErrorKind::Unsupported,
         OPERATION,
@@ -265,13 +236,13 @@ fn no_facet(transport: &dyn Transport, what: &str) -> Error {
     )
 }
 
-fn bug(message: &'static str) -> Error {
+pub(super) fn bug(message: &'static str) -> Error {
     Error::new(ErrorKind::Internal, OPERATION, message)
 }
 
 /// Bytes that differ by place, without a short period, and the opposite of each. Made on another thread, since large
 /// ones take a while.
-async fn patterns(len: u64) -> Result<(Vec<u8>, Vec<u8>)> {
+pub(super) async fn patterns(len: u64) -> Result<(Vec<u8>, Vec<u8>)> {
     let make = move || {
         let words =
             (0..len.div_ceil(8)).map(|place| place.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));

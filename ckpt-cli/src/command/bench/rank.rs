@@ -10,18 +10,19 @@ use ckpt_core::{
 };
 
 use super::{Measured, TransportArgs, measure::Bench};
-use crate::{Context, job::address_towards};
+use crate::{job::address_towards, registry_in};
 
 /// Joins the job of the environment and measures; the answer is on rank 0.
-pub(super) async fn run(args: &TransportArgs, context: &Context) -> anyhow::Result<Option<Measured>> {
+pub(super) async fn run(args: &TransportArgs) -> anyhow::Result<Option<Measured>> {
     let env = |name: &str| std::env::var(name).ok();
     let deadlines = Deadlines { join: args.limit(), ..Deadlines::default() };
     let runtime_dir = runtime_dir()?;
     let options = JobOptions::detect(&env, args.token_file.as_deref(), runtime_dir.clone(), deadlines)?;
     let cluster = options.cluster.clone();
+    let registry = registry_in(&args.env(cluster.rank));
     let config =
         DeviceConfig { rank: cluster.rank, local_rank: cluster.local_rank, runtime_dir: runtime_dir.clone() };
-    let device = context.registry.open_device(&args.device, &config)?;
+    let device = registry.open_device(&args.device, &config)?;
     let job = Job::join(options).await?;
     let one_host = cluster.is_single_host();
     let bind = match one_host {
@@ -36,7 +37,7 @@ pub(super) async fn run(args: &TransportArgs, context: &Context) -> anyhow::Resu
         device: device.clone(),
     };
     let required = args.requirement(cluster.world_size, !one_host);
-    let transport = context.registry.open_transport(&args.transport, &config, required)?;
+    let transport = registry.open_transport(&args.transport, &config, required)?;
     let (name, kind) = (transport.name(), device.kind());
     let measured = Bench::new(args.clone(), job.session.clone(), device, transport)?.run().await;
     job.leave().await;

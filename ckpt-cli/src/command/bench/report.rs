@@ -1,9 +1,9 @@
-//! The results, in the columns of nccl-tests.
+//! The results, in the columns of nccl-tests and perftest.
 
 use serde::Serialize;
 
 use super::{Measured, Op, TransportArgs, measure::Sample};
-use crate::output::Table;
+use crate::{machine::Machine, output::Table};
 
 /// What `--json` prints. Rates are in GB/s, 10^9 bytes per second.
 #[derive(Debug, Serialize)]
@@ -15,6 +15,7 @@ pub(super) struct Report {
     warmup: u32,
     iters: u32,
     results: Vec<Line>,
+    pub(super) machine: Machine,
 }
 
 #[derive(Debug, Serialize)]
@@ -36,18 +37,20 @@ enum Rates {
         algbw_gb_per_s: f64,
         busbw_gb_per_s: f64,
     },
-    Read {
-        /// Of the fastest read.
+    OneSided {
+        /// Of the fastest stretch.
         peak_gb_per_s: f64,
-        /// Of one reader.
+        /// Of one rank.
         avg_gb_per_s: f64,
+        /// Messages, in millions a second.
+        msg_rate_mpps: f64,
         p50_us: f64,
         p99_us: f64,
     },
 }
 
 impl Report {
-    pub(super) fn new(args: &TransportArgs, measured: &Measured) -> Self {
+    pub(super) fn new(args: &TransportArgs, measured: &Measured, machine: Machine) -> Self {
         let ranks = measured.ranks;
         Self {
             op: args.op,
@@ -57,7 +60,16 @@ impl Report {
             warmup: args.warmup,
             iters: args.iters,
             results: measured.samples.iter().map(|sample| Line::new(args.op, ranks, sample)).collect(),
+            machine,
         }
+    }
+
+    /// What was measured, in a few words.
+    pub(super) fn title(&self) -> String {
+        format!(
+            "ckpt bench transport: {:?} over {}, {} ranks on {}",
+            self.op, self.transport, self.ranks, self.device
+        )
     }
 
     /// No compared byte was wrong.
@@ -66,21 +78,33 @@ impl Report {
     }
 
     pub(super) fn table(&self) -> Table {
-        let header: &[&str] = match self.op {
-            Op::Read => &["size", "count", "time us", "peak GB/s", "avg GB/s", "p50 us", "p99 us", "wrong"],
-            _ => &["size", "count", "time us", "algbw GB/s", "busbw GB/s", "wrong"],
+        // perftest's MB/sec are MiB.
+        let mib = |gb_per_s: f64| format!("{:.2}", gb_per_s * 1e9 / f64::from(1 << 20));
+        let header: &[&str] = match self.op.way() {
+            Some(_) => &[
+                "#bytes",
+                "#iterations",
+                "BW peak MiB/s",
+                "BW average MiB/s",
+                "MsgRate Mpps",
+                "p50 us",
+                "p99 us",
+                "wrong",
+            ],
+            None => &["size", "count", "time us", "algbw GB/s", "busbw GB/s", "wrong"],
         };
         let mut table = Table::new(header);
         for line in &self.results {
-            let mut cells =
-                vec![line.size_bytes.to_string(), line.count.to_string(), format!("{:.1}", line.time_us)];
+            let mut cells = vec![line.size_bytes.to_string()];
             match line.rates {
                 Rates::Collective { algbw_gb_per_s, busbw_gb_per_s } => {
+                    cells.extend([line.count.to_string(), format!("{:.1}", line.time_us)]);
                     cells.extend([algbw_gb_per_s, busbw_gb_per_s].map(|rate| format!("{rate:.3}")));
                 }
-                Rates::Read { peak_gb_per_s, avg_gb_per_s, p50_us, p99_us } => {
-                    cells.extend([peak_gb_per_s, avg_gb_per_s].map(|rate| format!("{rate:.3}")));
-                    cells.extend([p50_us, p99_us].map(|time| format!("{time:.1}")));
+                Rates::OneSided { peak_gb_per_s, avg_gb_per_s, msg_rate_mpps, p50_us, p99_us } => {
+                    cells.extend([self.iters.to_string(), mib(peak_gb_per_s), mib(avg_gb_per_s)]);
+                    cells.push(format!("{msg_rate_mpps:.6}"));
+                    cells.extend([p50_us, p99_us].map(|time| format!("{time:.2}")));
                 }
             }
             cells.push(line.wrong_bytes.map_or("-".to_owned(), |wrong| wrong.to_string()));
@@ -101,9 +125,10 @@ impl Line {
                 let carried = f64::from(ranks - 1) / f64::from(ranks);
                 Rates::Collective { algbw_gb_per_s, busbw_gb_per_s: algbw_gb_per_s * carried }
             }
-            Op::Read => Rates::Read {
-                peak_gb_per_s: sample.latencies.first().copied().map_or(0.0, gb_per_s),
+            Op::Read | Op::Write => Rates::OneSided {
+                peak_gb_per_s: sample.fastest.map_or(0.0, gb_per_s),
                 avg_gb_per_s: algbw_gb_per_s,
+                msg_rate_mpps: 1e-6 / sample.seconds.max(1e-9),
                 p50_us: percentile(&sample.latencies, 50) * 1e6,
                 p99_us: percentile(&sample.latencies, 99) * 1e6,
             },

@@ -10,7 +10,7 @@ use ckpt_core::{
     types::TensorMeta,
     worker::{Apply, TensorView},
 };
-use clap::Args;
+use clap::{Args, ValueEnum};
 use rustix::process::{Signal, getpid, kill_process};
 
 use super::store::Store;
@@ -33,6 +33,12 @@ pub(super) struct Faults {
     /// Take this long for each bucket
     #[arg(long, hide = true, value_name = "MILLISECONDS", default_value_t = 0)]
     slow_ms: u64,
+    /// Wait at this stage, having logged `held at STAGE`: a place where a test strikes
+    #[arg(long, hide = true, value_enum, value_name = "STAGE")]
+    hold_at: Option<Stage>,
+    /// How long
+    #[arg(long, hide = true, value_name = "MILLISECONDS", default_value_t = 3000)]
+    hold_ms: u64,
     /// Only in the first update
     #[arg(long, hide = true)]
     fault_once: bool,
@@ -46,6 +52,30 @@ impl Faults {
     pub(super) fn in_update(self, update: u64) -> Self {
         let only = self.fault_in.or(self.fault_once.then_some(0));
         if only.is_some_and(|only| only != update) { Self::default() } else { self }
+    }
+}
+
+/// A stage of an update, as a worker sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Stage {
+    /// The ring is mapped and no bucket has come
+    Open,
+    /// In the third bucket
+    Bucket,
+    Release,
+    PostHook,
+}
+
+/// Where [`Stage::Bucket`] is.
+const HELD_BUCKET: u32 = 2;
+
+impl Faults {
+    fn hold(self, stage: Stage) {
+        if self.hold_at == Some(stage) {
+            let name = stage.to_possible_value();
+            tracing::info!("held at {}", name.as_ref().map_or("", |name| name.get_name()));
+            std::thread::sleep(Duration::from_millis(self.hold_ms));
+        }
     }
 }
 
@@ -64,11 +94,16 @@ impl Applier {
 
 impl Apply for Applier {
     fn layout(&mut self, tensors: &Arc<[TensorMeta]>) -> Result<()> {
-        self.store().layout(tensors)
+        self.store().layout(tensors)?;
+        self.faults.hold(Stage::Open);
+        Ok(())
     }
 
     fn bucket(&mut self, bucket: u32, tensors: &[TensorView<'_>]) -> Result<()> {
         let faults = self.faults;
+        if bucket == HELD_BUCKET {
+            faults.hold(Stage::Bucket);
+        }
         if faults.slow_ms > 0 {
             std::thread::sleep(Duration::from_millis(faults.slow_ms));
         }
@@ -86,7 +121,13 @@ impl Apply for Applier {
         self.store().bucket(bucket, tensors)
     }
 
+    fn release(&mut self) -> Result<()> {
+        self.faults.hold(Stage::Release);
+        Ok(())
+    }
+
     fn post_hook(&mut self) -> Result<()> {
+        self.faults.hold(Stage::PostHook);
         if self.faults.fail_in_post_hook {
             return Err(asked_for("the post hook fails because --fail-in-post-hook asked for it".into()));
         }

@@ -21,7 +21,7 @@ pub(crate) struct Place {
 
 /// A kind of device that an engine can run on.
 pub(crate) trait WorkerDevice: Send + Sync {
-    /// `host`, `cuda`.
+    /// `host`, `cuda`, `ascend`.
     fn kind(&self) -> &'static str;
     /// Looks without changing anything.
     fn probe(&self) -> Probe;

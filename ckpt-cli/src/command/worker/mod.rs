@@ -63,7 +63,7 @@ pub(crate) struct WorkerArgs {
     /// Rank of the parameter server beside the first device; gives the devices' names
     #[arg(long, value_name = "RANK", env = "RANK", default_value_t = 0)]
     rank: u32,
-    /// Where the weights are kept: host, cuda, or `auto` for the first that works here
+    /// Where the weights are kept: host, cuda, ascend, or `auto` for the first that works here
     #[arg(long, value_name = "KIND", default_value = "host")]
     device: String,
     /// First of the visible devices that this engine owns, for kinds other than host

@@ -7,6 +7,7 @@
 mod collective;
 mod device;
 mod one_sided;
+mod write;
 
 use std::{
     sync::{

@@ -14,9 +14,9 @@ use crate::{
     transport::{ReadOp, RemoteRegion},
 };
 
-const REGION: u64 = (9 << 20) + 13;
+pub(super) const REGION: u64 = (9 << 20) + 13;
 
-/// Checks the one-sided facet between two ranks (and a third that reads at the same time).
+/// Checks the one-sided facet between two ranks (and a third that works at the same time): reads, and writes if it has them.
 pub async fn one_sided(factory: &dyn Factory) -> Result<Report> {
     let mut report = Report::default();
     let probe = Node::open_all(factory, 1)?;
@@ -41,10 +41,11 @@ pub async fn one_sided(factory: &dyn Factory) -> Result<Report> {
     } else {
         report.skip("a dead owner is an error", "owner and reader are one process");
     }
+    super::write::writes(factory, &mut report).await?;
     Ok(report)
 }
 
-fn memory(node: &Node, bytes: &[u8]) -> Result<Arc<dyn Buffer>> {
+pub(super) fn memory(node: &Node, bytes: &[u8]) -> Result<Arc<dyn Buffer>> {
     Ok(node.bench.host(bytes)?.buffer().clone())
 }
 
@@ -53,12 +54,12 @@ fn read(region: &RemoteRegion, offset: u64, into: &BufferSlice) -> ReadOp {
 }
 
 /// Host memory of `len` other bytes.
-fn target(node: &Node, len: u64) -> Result<BufferSlice> {
+pub(super) fn target(node: &Node, len: u64) -> Result<BufferSlice> {
     node.bench.host(&vec![0xEE; len as usize])
 }
 
-fn same(into: &BufferSlice, bytes: &[u8], what: &str) -> Result<()> {
-    // SAFETY: the read into it is done.
+pub(super) fn same(into: &BufferSlice, bytes: &[u8], what: &str) -> Result<()> {
+    // SAFETY: what was written into it is done.
     ensure(unsafe { into.as_slice() }? == bytes, || format!("{what} arrived wrong"))
 }
 

@@ -148,6 +148,7 @@ impl Transport for LocalTransport {
         Capability {
             collective: true,
             one_sided: true,
+            one_sided_write: true,
             across_processes: false,
             across_hosts: false,
             devices: &["host"],

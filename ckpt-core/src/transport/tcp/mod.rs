@@ -14,7 +14,8 @@ mod one_sided;
 mod socket;
 #[cfg(test)]
 mod tests;
-mod wire;
+pub(crate) mod wire;
+mod write;
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
@@ -78,6 +79,7 @@ impl Transport for TcpTransport {
         Capability {
             collective: true,
             one_sided: true,
+            one_sided_write: true,
             across_processes: true,
             across_hosts: !self.node.listens.ip().is_loopback(),
             devices: &["host"],

@@ -17,6 +17,7 @@ use super::{
     one_sided::{self, Pool},
     socket,
     wire::{Hello, Id, Purpose, Token, examine},
+    write,
 };
 use crate::{
     device::DeviceBackend,
@@ -116,7 +117,7 @@ impl Node {
 
     fn key_of(&self, hello: &Hello) -> Option<Vec<u8>> {
         match hello.purpose {
-            Purpose::Read => (hello.id == self.id).then(|| self.key(&self.read_secret)),
+            Purpose::Read | Purpose::Write => (hello.id == self.id).then(|| self.key(&self.read_secret)),
             _ => self.lock().groups.get(&hello.id).map(|route| route.key.clone()),
         }
     }
@@ -209,8 +210,10 @@ async fn accept(node: Arc<Node>, listener: TcpListener) {
                 Err(_) => return tracing::debug!("a connection did not introduce itself in time"),
             };
             drop(permit);
-            if hello.purpose == Purpose::Read {
-                return one_sided::serve(&node, &stream).await;
+            match hello.purpose {
+                Purpose::Read => return one_sided::serve(&node, &stream).await,
+                Purpose::Write => return write::serve(&node, &stream).await,
+                _ => {}
             }
             let sender = node.lock().groups.get(&hello.id).map(|route| route.sender.clone());
             if let Some(sender) = sender

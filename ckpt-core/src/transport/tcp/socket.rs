@@ -79,6 +79,20 @@ pub(super) async fn read_exact(stream: &TcpStream, mut bytes: &mut [u8]) -> io::
     Ok(())
 }
 
+/// The same from a peer that owes these bytes: an error once it sends nothing for `silence`. A process that was stopped
+/// keeps its connections, and its kernel answers for it.
+pub(super) async fn read_owed(stream: &TcpStream, mut bytes: &mut [u8], silence: Duration) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let (now, later) = bytes.split_at_mut(bytes.len().min(CALL_BYTES));
+        match tokio::time::timeout(silence, read_exact(stream, now)).await {
+            Ok(read) => read?,
+            Err(_) => return Err(io::ErrorKind::TimedOut.into()),
+        }
+        bytes = later;
+    }
+    Ok(())
+}
+
 /// Writes `head`, then `body`.
 pub(super) async fn write_all(stream: &TcpStream, mut head: &[u8], mut body: &[u8]) -> io::Result<()> {
     while !(head.is_empty() && body.is_empty()) {

@@ -22,11 +22,11 @@ pub(super) const FRAME_LIMIT: usize = 1 << 20;
 const HELLO_LIMIT: usize = 1 << 10;
 
 /// Names a group, or a transport that serves reads.
-pub(super) type Id = [u8; 16];
+pub(crate) type Id = [u8; 16];
 
 /// What [`crate::transport::GroupSpec::token`] holds.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Token {
+pub(crate) struct Token {
     /// Version of this format.
     version: u8,
     /// Where the root listens.
@@ -44,7 +44,7 @@ impl Token {
         encode(self).map(Bytes::from)
     }
 
-    pub(super) fn decode(bytes: &[u8]) -> Result<Self> {
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self> {
         let error = || {
             Error::new(
                 ErrorKind::ConfigInvalid,
@@ -59,7 +59,7 @@ impl Token {
 
 /// What a connection is for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Purpose {
+pub(crate) enum Purpose {
     /// A member tells the root where it listens; answers come on this connection.
     Meet { listens: SocketAddr },
     /// Carries stripes of broadcasts.
@@ -68,11 +68,13 @@ pub(super) enum Purpose {
     Control,
     /// Asks for ranges of registered memory.
     Read,
+    /// Brings bytes for ranges of registered memory.
+    Write,
 }
 
 /// The dialler's first words.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Hello {
+pub(crate) struct Hello {
     pub(super) id: Id,
     pub(super) rank: u32,
     pub(super) world_size: u32,
@@ -82,7 +84,7 @@ pub(super) struct Hello {
 
 /// The root's answer to those who met.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Table {
+pub(crate) struct Table {
     /// Lanes between any two members: the root's setting counts.
     pub(super) lanes: u32,
     /// Where each member listens.
@@ -91,7 +93,7 @@ pub(super) struct Table {
 
 /// On a control connection.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Notice {
+pub(crate) enum Notice {
     /// The sender's communicator is poisoned.
     Aborted(Error),
     /// The sender has dropped its communicator in peace.
@@ -133,7 +135,7 @@ pub(super) async fn receive_frame(stream: &TcpStream, limit: usize) -> Result<Ve
     Ok(body)
 }
 
-pub(super) fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
+pub(crate) fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
     postcard::from_bytes(body)
         .map_err(|e| Error::new(ErrorKind::Corrupt, "read a message", "the peer sent nonsense").caused_by(e))
 }
@@ -249,16 +251,16 @@ impl StripeHeader {
     }
 }
 
-/// Asks for a range of registered memory.
+/// Asks for a range of registered memory, or stands before the bytes for one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct ReadRequest {
+pub(super) struct RangeRequest {
     pub(super) generation: u64,
     pub(super) address: u64,
     pub(super) offset: u64,
     pub(super) len_bytes: u64,
 }
 
-impl ReadRequest {
+impl RangeRequest {
     pub(super) const BYTES: usize = 32;
 
     pub(super) fn encode(self) -> [u8; Self::BYTES] {
@@ -303,12 +305,12 @@ mod tests {
         let golden = *b"ckstripe\x01\0\0\0\0\0\0\0\x02\0\0\0\x03\0\0\0\x04\0\0\0\0\0\0\0";
         assert_eq!(header.encode(), golden);
 
-        let request = ReadRequest { generation: 1, address: 2, offset: 3, len_bytes: u64::MAX };
+        let request = RangeRequest { generation: 1, address: 2, offset: 3, len_bytes: u64::MAX };
         let mut golden = [0; 32];
         (golden[0], golden[8], golden[16]) = (1, 2, 3);
         golden[24..].fill(255);
         assert_eq!(request.encode(), golden);
-        assert_eq!(ReadRequest::decode(&golden), request);
+        assert_eq!(RangeRequest::decode(&golden), request);
 
         let hello =
             Hello { id: [1; 16], rank: 2, world_size: 3, epoch: 300, purpose: Purpose::Lane { lane: 1 } };

@@ -185,7 +185,7 @@ fn a_stopped_process_fences_itself_before_it_publishes() {
     rig.machine.handle_event(Event::LeaseRenewed { asked: at(0.5) }, rig.now);
     assert!(!rig.machine.lease_is_valid(rig.now));
     let actions = rig.actions();
-    assert!(actions[0].starts_with("failed the hub has not answered within 5 s"), "{actions:?}");
+    assert!(actions[0].starts_with("failed the hub on rank 0 has not answered within 5 s"), "{actions:?}");
     assert_eq!(actions[1..], ["abort"]);
 }
 

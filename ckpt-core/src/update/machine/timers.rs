@@ -166,7 +166,7 @@ impl UpdateMachine {
                 // call could take it for its own.
                 self.hub_settled |= self.epoch.is_some();
                 timeout(format!(
-                    "the hub has not answered {}; this rank stops, since the others may have gone on without it",
+                    "the hub on rank 0 has not answered {}; this rank stops, since the others may have gone on without it",
                     within(d.dead_after)
                 ))
             }
@@ -203,11 +203,11 @@ impl UpdateMachine {
                     self.doubt_at = Some(now.saturating_add(d.heartbeat));
                     return;
                 }
-                let cause = timeout("the hub went silent before it told its decision".into());
+                let cause = timeout("the hub on rank 0 went silent before it told its decision".into());
                 return self.doubt(cause, now);
             }
             Overdue::Decision => {
-                let cause = timeout("the hub did not tell its decision".into());
+                let cause = timeout("the hub on rank 0 did not tell its decision".into());
                 return self.doubt(cause, now);
             }
             Overdue::Release => timeout(format!("the worker did not drop the ring {}", within(d.release))),
@@ -218,7 +218,8 @@ impl UpdateMachine {
             )),
             Overdue::Settle => return self.finish(now),
             Overdue::Close => {
-                let cause = timeout("the hub did not say that all ranks are through; this rank is".into());
+                let cause =
+                    timeout("the hub on rank 0 did not say that all ranks are through; this rank is".into());
                 return self.end_committed(Some(cause), now);
             }
             Overdue::Failing => return self.end_failed(now),

@@ -1,8 +1,8 @@
 //! `ckpt bench update`: whole updates with processes like in production, part by part.
 
+mod drawing;
 mod rank;
 mod report;
-mod shape;
 
 use std::{
     path::{Path, PathBuf},
@@ -12,12 +12,14 @@ use std::{
 
 use anyhow::Context as _;
 use ckpt_core::{Error, ErrorKind, Key};
-use clap::{Args, ValueEnum};
+use clap::{Args, Parser as _, ValueEnum};
 use tokio::process::{Child, Command};
 
+pub(super) use self::rank::SEED;
 pub(crate) use self::rank::{RankArgs, run_rank};
-use self::{report::Report, shape::Shape};
-use crate::{Context, policy::Verify};
+use self::report::Report;
+use super::{files::FileArgs, is_launched};
+use crate::{Context, command::shape::Shape, policy::Verify};
 
 const OPERATION: &str = "run the benchmark";
 /// For the workers to end after their standard input was closed.
@@ -28,16 +30,18 @@ const LOOK: Duration = Duration::from_millis(20);
 /// Measure whole updates: parameter servers and workers as processes, made-up weights, each part's time
 #[derive(Args)]
 #[command(after_help = "\
-Each rank holds its share in pinned memory. Times are those of the slowest rank. `transfer` is the first byte enqueued
-until the last bucket acked; `x limit` compares it with a plain copy of the shares to the devices, measured in the same
-processes. The rows `empty` are updates with no tensors: the floor that the worker and the messages cost.
+Without a launcher it starts its own ranks on this machine. Under torchrun, srun, mpirun or `ckpt launch` each process is a
+rank and starts its worker. Each rank holds its share in pinned memory. Times are those of the slowest rank. `transfer` is
+the first byte enqueued until the last bucket acked; `of limit` compares it with the machine's own limit: a plain copy of the
+shares to the devices, measured in the same processes. The rows `empty` are updates with no tensors: the floor that the worker and the messages cost.
 
 Examples:
   ckpt bench update --device host --shape qwen:256 --ranks 2
-  ckpt bench update --device cuda --shape qwen3-8b --ranks 2 --iterations 4 --trace trace.json
+  ckpt bench update --device cuda --shape qwen3-8b --ranks 2 --iterations 4 --trace trace.json --html report.html
+  torchrun --nproc-per-node 8 --no-python ckpt bench update --device cuda --shape qwen3-8b
   ckpt bench update --device cuda --shape qwen3-8b --worker ce --ce-worker 'python3 scripts/gpu/ce_engine.py'")]
 pub(crate) struct BenchUpdateArgs {
-    /// qwen3-8b, qwen:MIB, tiny:COUNT or kimi-small
+    /// qwen3-8b, qwen:MIB, tiny:COUNT, kimi-small or another model that `ckpt plan` knows
     #[arg(long, default_value = "qwen:512", value_name = "SHAPE")]
     shape: Shape,
     /// Parameter servers, and workers
@@ -74,6 +78,8 @@ pub(crate) struct BenchUpdateArgs {
     /// Time for everything
     #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400), value_name = "SECONDS")]
     timeout: u64,
+    #[command(flatten)]
+    files: FileArgs,
 }
 
 /// What takes the weights.
@@ -101,28 +107,71 @@ pub(crate) async fn run(args: BenchUpdateArgs, context: &Context) -> anyhow::Res
     let scratch =
         tempfile::Builder::new().prefix("ckpt-bench-").tempdir().context("make a folder for the run")?;
     let limit = Duration::from_secs(args.timeout);
-    let report = tokio::time::timeout(limit, measure(&args, scratch.path(), Instant::now() + limit))
-        .await
-        .map_err(|_| {
+    let deadline = Instant::now() + limit;
+    let measured = async {
+        match is_launched() {
+            true => measure_one(&args, scratch.path(), deadline, context).await,
+            false => measure(&args, scratch.path(), deadline).await.map(Some),
+        }
+    };
+    let report = tokio::time::timeout(limit, measured).await.map_err(|_| {
         let message = format!("not over after {} s; allow more with --timeout", args.timeout);
         Error::new(ErrorKind::Timeout, OPERATION, message)
     })??;
-    report.print(&context.output);
-    context.output.object(&report)?;
+    // Rank 0 tells.
+    if let Some(report) = report {
+        context.output.line(report.machine.line());
+        report.print(&context.output);
+        context.output.object(&report)?;
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// This process is one rank of many, beside its worker.
+async fn measure_one(
+    args: &BenchUpdateArgs,
+    scratch: &Path,
+    deadline: Instant,
+    context: &Context,
+) -> anyhow::Result<Option<Report>> {
+    let line = rank_line(args, scratch);
+    let rank = RankLine::try_parse_from(std::iter::once("rank".to_owned()).chain(line))
+        .map_err(|error| Error::new(ErrorKind::Internal, OPERATION, error.to_string()))?
+        .args;
+    let cluster = ckpt_core::cluster::ClusterEnv::detect(&|name| std::env::var(name).ok())?;
+    let local = cluster.local_rank;
+    let mut worker = match args.worker {
+        WorkerKind::None => None,
+        WorkerKind::Native | WorkerKind::Ce => {
+            let shapes = write_shapes(args, scratch)?;
+            let mut worker = start_worker(args, scratch, &shapes, cluster.rank, local)?;
+            ready(&mut worker, scratch, local, deadline).await?;
+            Some(worker)
+        }
+    };
+    let measured = rank::measure_rank(&rank, context).await;
+    if let Some(worker) = &mut worker {
+        end(worker).await;
+    }
+    measured.map_err(|error| match last_lines(&log_of(scratch, local)) {
+        said if said.is_empty() => error,
+        said => error.context(format!("the worker said: {said}")),
+    })
+}
+
+/// The arguments of a rank, parsed without a process.
+#[derive(clap::Parser)]
+struct RankLine {
+    #[command(flatten)]
+    args: RankArgs,
 }
 
 async fn measure(args: &BenchUpdateArgs, scratch: &Path, deadline: Instant) -> anyhow::Result<Report> {
     let mut workers = Vec::new();
     if args.worker != WorkerKind::None {
-        let shapes = scratch.join("shapes.json");
-        if args.worker == WorkerKind::Ce {
-            let each = args.shape.tensors().into_iter();
-            let each = each.map(|t| (t.name.to_string(), t.dtype.safetensors_name(), t.shape.to_vec()));
-            std::fs::write(&shapes, serde_json::to_vec(&each.collect::<Vec<_>>())?)?;
-        }
+        let shapes = write_shapes(args, scratch)?;
         for rank in 0..args.ranks {
-            workers.push(start_worker(args, scratch, &shapes, rank)?);
+            workers.push(start_worker(args, scratch, &shapes, rank, rank)?);
         }
         for (rank, worker) in (0..args.ranks).zip(&mut workers) {
             ready(worker, scratch, rank, deadline).await?;
@@ -130,15 +179,30 @@ async fn measure(args: &BenchUpdateArgs, scratch: &Path, deadline: Instant) -> a
     }
     let report = run_ranks(args, scratch).await;
     for worker in &mut workers {
-        // Its standard input is our pipe: closing it is the request; it is killed when dropped if it does not end.
-        drop(worker.stdin.take());
-        let _ = tokio::time::timeout(GRACE, worker.wait()).await;
+        end(worker).await;
     }
     report.map_err(|error| {
         let logs = (0..args.ranks).map(|rank| last_lines(&log_of(scratch, rank)));
         let said: Vec<String> = logs.filter(|text| !text.is_empty()).collect();
         if said.is_empty() { error } else { error.context(format!("the workers said: {}", said.join("; "))) }
     })
+}
+
+/// What `--worker ce` has to know.
+fn write_shapes(args: &BenchUpdateArgs, scratch: &Path) -> anyhow::Result<PathBuf> {
+    let file = scratch.join("shapes.json");
+    if args.worker == WorkerKind::Ce {
+        let each = args.shape.tensors().into_iter();
+        let each = each.map(|t| (t.name.to_string(), t.dtype.safetensors_name(), t.shape.to_vec()));
+        std::fs::write(&file, serde_json::to_vec(&each.collect::<Vec<_>>())?)?;
+    }
+    Ok(file)
+}
+
+/// Its standard input is our pipe: closing it is the request; it is killed when dropped if it does not end.
+async fn end(worker: &mut Child) {
+    drop(worker.stdin.take());
+    let _ = tokio::time::timeout(GRACE, worker.wait()).await;
 }
 
 fn log_of(scratch: &Path, rank: u32) -> PathBuf {
@@ -156,7 +220,13 @@ fn prepare(mut command: Command, log: &Path) -> anyhow::Result<Command> {
     Ok(command)
 }
 
-fn start_worker(args: &BenchUpdateArgs, scratch: &Path, shapes: &Path, rank: u32) -> anyhow::Result<Child> {
+fn start_worker(
+    args: &BenchUpdateArgs,
+    scratch: &Path,
+    shapes: &Path,
+    rank: u32,
+    local_rank: u32,
+) -> anyhow::Result<Child> {
     let mut command = match (args.worker, &args.ce_worker) {
         (WorkerKind::Ce, Some(words)) => {
             let mut command = Command::new("sh");
@@ -169,10 +239,10 @@ fn start_worker(args: &BenchUpdateArgs, scratch: &Path, shapes: &Path, rank: u32
             command
         }
     };
-    command.arg("--uds").arg(scratch.join(format!("worker-{rank}.sock")));
-    command.arg("--port-file").arg(port_file(scratch, rank));
-    command.args(["--local-rank", &rank.to_string(), "--exit-with-parent"]);
-    let mut command = prepare(command, &log_of(scratch, rank))?;
+    command.arg("--uds").arg(scratch.join(format!("worker-{local_rank}.sock")));
+    command.arg("--port-file").arg(port_file(scratch, local_rank));
+    command.args(["--local-rank", &local_rank.to_string(), "--exit-with-parent"]);
+    let mut command = prepare(command, &log_of(scratch, local_rank))?;
     // The pipe is never written; it closes when this process dies.
     command.stdin(Stdio::piped());
     command.spawn().with_context(|| format!("start worker {rank}"))
@@ -199,19 +269,7 @@ async fn run_ranks(args: &BenchUpdateArgs, scratch: &Path) -> anyhow::Result<Rep
     let log = scratch.join("ranks.log");
     let mut command = prepare(Command::new(&program), &log)?;
     command.args(["launch", "--nproc-per-node", &args.ranks.to_string(), "--"]).arg(&program);
-    command.args(["bench", "update-rank", "--json", "--worker", args.worker.name()]);
-    command.args(["--shape", &args.shape.to_string(), "--iterations", &args.iterations.to_string()]);
-    command.args(["--floor-iterations", &args.floor_iterations.to_string()]);
-    command.args(["--device", &args.device, "--transport", &args.transport]);
-    command.args(["--verify", args.verify.name()]);
-    command.args(["--timeout", &args.timeout.to_string()]);
-    if let Some(mib) = args.bucket_mib {
-        command.args(["--bucket-mib", &mib.to_string()]);
-    }
-    if let Some(file) = &args.trace {
-        command.arg("--trace").arg(file);
-    }
-    command.arg("--uds").arg(scratch.join("worker-{rank}.sock"));
+    command.args(["bench", "update-rank", "--json"]).args(rank_line(args, scratch));
     let output = command.stdout(Stdio::piped()).output().await.context("run the ranks")?;
     let text = String::from_utf8_lossy(&output.stdout);
     let last = text.lines().rev().find(|line| line.starts_with('{'));
@@ -223,6 +281,30 @@ async fn run_ranks(args: &BenchUpdateArgs, scratch: &Path) -> anyhow::Result<Rep
             anyhow::bail!("the ranks ended with {}: {said}", output.status)
         }
     }
+}
+
+/// What a rank is told.
+fn rank_line(args: &BenchUpdateArgs, scratch: &Path) -> Vec<String> {
+    let sockets = scratch.join("worker-{local_rank}.sock").display().to_string();
+    let mut line: Vec<String> = Vec::new();
+    let mut tell = |name: &str, value: String| line.extend([format!("--{name}"), value]);
+    tell("worker", args.worker.name().to_owned());
+    tell("shape", args.shape.to_string());
+    tell("iterations", args.iterations.to_string());
+    tell("floor-iterations", args.floor_iterations.to_string());
+    tell("device", args.device.clone());
+    tell("transport", args.transport.clone());
+    tell("verify", args.verify.name().to_owned());
+    tell("timeout", args.timeout.to_string());
+    tell("uds", sockets);
+    let optional = [
+        ("bucket-mib", args.bucket_mib.map(|mib| mib.to_string())),
+        ("trace", args.trace.as_ref().map(|file| file.display().to_string())),
+        ("csv", args.files.csv.as_ref().map(|file| file.display().to_string())),
+        ("html", args.files.html.as_ref().map(|file| file.display().to_string())),
+    ];
+    optional.into_iter().for_each(|(name, value)| value.into_iter().for_each(|value| tell(name, value)));
+    line
 }
 
 /// What went wrong, as the process said it: its error lines, or else its last ones.

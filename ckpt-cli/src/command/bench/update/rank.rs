@@ -21,17 +21,19 @@ use clap::Args;
 
 use super::{
     WorkerKind,
-    report::{Measured, RankReport, Report, slowest, write_trace},
-    shape::Shape,
+    drawing::draw,
+    report::{Measured, RankReport, Report, Times, slowest, write_trace},
 };
 use crate::{
     Context,
+    command::{bench::files::FileArgs, shape::Shape},
     job::{JobArgs, Rank},
+    machine::Machine,
     policy::Verify,
 };
 
 /// Seed of the bytes: the same on every machine.
-pub(super) const SEED: u64 = 2026;
+pub(crate) const SEED: u64 = 2026;
 const WEIGHTS: &str = "weights";
 const EMPTY: &str = "empty";
 /// Of the plain copies that are the limit.
@@ -53,7 +55,7 @@ pub(crate) struct RankArgs {
     /// Updates with an empty checkpoint
     #[arg(long)]
     floor_iterations: usize,
-    /// The workers' sockets, `{rank}` stands for the rank
+    /// The workers' sockets, `{local_rank}` stands for the rank's number on its host
     #[arg(long)]
     uds: String,
     /// See `ckpt bench update`
@@ -63,17 +65,27 @@ pub(crate) struct RankArgs {
     #[arg(long)]
     trace: Option<PathBuf>,
     #[command(flatten)]
+    files: FileArgs,
+    #[command(flatten)]
     job: JobArgs,
 }
 
 pub(crate) async fn run_rank(args: RankArgs, context: &Context) -> anyhow::Result<ExitCode> {
-    let mut rank = Rank::start(&args.job, &context.registry).await?;
-    let result = measure(&args, context, &mut rank).await;
-    rank.end(result.is_ok()).await;
-    result.map(|()| ExitCode::SUCCESS)
+    if let Some(report) = measure_rank(&args, context).await? {
+        context.output.object(&report)?;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
-async fn measure(args: &RankArgs, context: &Context, rank: &mut Rank) -> anyhow::Result<()> {
+/// The answer is on rank 0.
+pub(super) async fn measure_rank(args: &RankArgs, context: &Context) -> anyhow::Result<Option<Report>> {
+    let mut rank = Rank::start(&args.job, &context.registry).await?;
+    let result = measure(args, context, &mut rank).await;
+    rank.end(result.is_ok()).await;
+    result
+}
+
+async fn measure(args: &RankArgs, context: &Context, rank: &mut Rank) -> anyhow::Result<Option<Report>> {
     let mut mine = RankReport::default();
     let device = rank.server.device().clone();
     let (number, world_size) = (rank.rank(), rank.world_size());
@@ -121,7 +133,7 @@ async fn measure(args: &RankArgs, context: &Context, rank: &mut Rank) -> anyhow:
     let text = serde_json::to_vec(&mine)?;
     let parts = rank.collect("report", Bytes::from(text)).await?;
     if rank.rank() != 0 {
-        return Ok(());
+        return Ok(None);
     }
     let ranks = parts.iter().map(|part| serde_json::from_slice(part)).collect::<Result<Vec<_>, _>>()?;
     if let Some(file) = &args.trace {
@@ -129,7 +141,9 @@ async fn measure(args: &RankArgs, context: &Context, rank: &mut Rank) -> anyhow:
     }
     let last = last.ok_or_else(|| lost("the last update"))?;
     let most = |of: fn(&RankReport) -> f64| ranks.iter().map(of).fold(0.0, f64::max);
-    context.output.object(&Report {
+    let limit_s = most(|rank| rank.h2d_s);
+    let beside = |times: Vec<Times>| times.into_iter().map(|times| times.beside(limit_s)).collect();
+    let report = Report {
         shape: args.shape.to_string(),
         device: rank.server.device().kind().to_owned(),
         transport: rank.transport.to_owned(),
@@ -142,14 +156,18 @@ async fn measure(args: &RankArgs, context: &Context, rank: &mut Rank) -> anyhow:
         ring_bytes: last.ring_bytes,
         load_s: most(|rank| rank.load_s),
         gather_metas_s: most(|rank| rank.gather_metas_s),
-        h2d_limit_s: most(|rank| rank.h2d_s),
+        h2d_limit_s: limit_s,
         h2d_gib_per_s: ranks
             .iter()
             .map(|rank| rank.h2d_bytes as f64 / rank.h2d_s.max(1e-9) / (1_u64 << 30) as f64)
             .collect(),
-        updates: slowest(&ranks, |rank| &rank.updates),
+        updates: beside(slowest(&ranks, |rank| &rank.updates)),
         floor: slowest(&ranks, |rank| &rank.floor),
-    })
+        machine: tokio::task::block_in_place(|| Machine::look(&context.registry)),
+    };
+    let title = format!("ckpt bench update: {} on {} x {}", report.shape, report.ranks, report.device);
+    args.files.write(&title, &report.machine, &report.table(), |page| draw(page, &report, &ranks))?;
+    Ok(Some(report))
 }
 
 /// Copies this rank's share to the device, in chunks into one buffer; seconds and bytes.
@@ -197,7 +215,7 @@ async fn update(
     let engine = match args.worker {
         WorkerKind::None => None,
         WorkerKind::Native | WorkerKind::Ce => {
-            let path = args.uds.replace("{rank}", &rank.rank().to_string());
+            let path = args.uds.replace("{local_rank}", &rank.job.cluster.local_rank.to_string());
             let engine = create(EngineConfig {
                 kind: "vllm".to_owned(),
                 endpoint: "http://localhost".to_owned(),

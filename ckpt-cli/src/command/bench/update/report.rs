@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Output,
+    machine::Machine,
     output::{Table, format_bytes},
 };
 
@@ -35,6 +36,17 @@ pub(super) struct Times {
     pub(super) post_hook_s: f64,
     /// Update called until the last ack.
     pub(super) last_ack_s: f64,
+    /// The machine's measured limit by the transfer: 100 is as fast as a plain copy of the shares.
+    #[serde(default)]
+    pub(super) of_limit_percent: Option<f64>,
+}
+
+impl Times {
+    /// The same beside the machine's limit.
+    pub(super) fn beside(self, limit_s: f64) -> Self {
+        let percent = (limit_s > 0.0 && self.transfer_s > 0.0).then(|| limit_s / self.transfer_s * 100.0);
+        Self { of_limit_percent: percent, ..self }
+    }
 }
 
 impl Times {
@@ -57,6 +69,7 @@ impl Times {
             release_s: seconds(Stage::Release),
             post_hook_s: seconds(Stage::PostHook),
             last_ack_s: last.as_secs_f64(),
+            of_limit_percent: None,
         }
     }
 
@@ -90,6 +103,7 @@ impl Times {
             release_s: self.release_s.max(other.release_s),
             post_hook_s: self.post_hook_s.max(other.post_hook_s),
             last_ack_s: self.last_ack_s.max(other.last_ack_s),
+            of_limit_percent: None,
         }
     }
 }
@@ -102,6 +116,8 @@ pub(super) struct Measured {
     pub(super) began_us: u64,
     /// Stage, bucket, start and end in microseconds since `began_us`.
     pub(super) spans: Vec<(String, Option<u32>, u64, u64)>,
+    /// Of each bucket: its bytes, and those of them that this rank brings to the group.
+    pub(super) bucket_bytes: Vec<(u64, u64)>,
 }
 
 impl Measured {
@@ -111,7 +127,12 @@ impl Measured {
             let name = stage.as_ref().and_then(Value::as_str).unwrap_or("stage").to_owned();
             (name, span.bucket, span.start.as_micros() as u64, span.end.as_micros() as u64)
         });
-        Self { times: Times::of(report), began_us, spans: spans.collect() }
+        Self {
+            times: Times::of(report),
+            began_us,
+            spans: spans.collect(),
+            bucket_bytes: report.bucket_bytes_each.clone(),
+        }
     }
 }
 
@@ -150,6 +171,7 @@ pub(super) struct Report {
     /// The slowest rank of each part, for each update.
     pub(super) updates: Vec<Times>,
     pub(super) floor: Vec<Times>,
+    pub(super) machine: Machine,
 }
 
 /// The slowest rank of each part, for each update.
@@ -182,20 +204,25 @@ impl Report {
             self.h2d_limit_s,
             rates.join(", ")
         ));
+        output.table(&self.table());
+    }
+
+    /// A row for each update.
+    pub(super) fn table(&self) -> Table {
         let columns = Times::default().each().map(|(name, _)| name);
-        let header: Vec<&str> = ["update"].into_iter().chain(columns).chain(["x limit"]).collect();
+        let header: Vec<&str> = ["update"].into_iter().chain(columns).chain(["of limit"]).collect();
         let mut table = Table::new(&header);
         let rows = self.updates.iter().enumerate().map(|(i, t)| (format!("{}", i + 1), t, true));
         let floor = self.floor.iter().map(|t| ("empty".to_owned(), t, false));
         for (name, times, ratio) in rows.chain(floor) {
             let cells = times.each().map(|(_, seconds)| format!("{seconds:.4}"));
-            let ratio = match ratio && self.h2d_limit_s > 0.0 {
-                true => format!("{:.3}", times.transfer_s / self.h2d_limit_s),
-                false => String::new(),
+            let ratio = match (ratio, times.of_limit_percent) {
+                (true, Some(percent)) => format!("{percent:.1}%"),
+                _ => String::new(),
             };
             table.row([name].into_iter().chain(cells).chain([ratio]));
         }
-        output.table(&table);
+        table
     }
 }
 
@@ -235,7 +262,12 @@ mod tests {
 
     fn measured(total_s: f64, release_s: f64) -> Measured {
         let times = Times { total_s, release_s, ..Times::default() };
-        Measured { times, began_us: 1_000, spans: vec![("load".into(), Some(3), 5, 9)] }
+        Measured {
+            times,
+            began_us: 1_000,
+            spans: vec![("load".into(), Some(3), 5, 9)],
+            bucket_bytes: vec![(7, 7); 4],
+        }
     }
 
     #[test]

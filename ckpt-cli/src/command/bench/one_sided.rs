@@ -1,0 +1,163 @@
+//! Reads of rank 0's memory by every other rank, or writes into it.
+//!
+//! Rank 0's memory has a slot for each message in flight; for writes each rank has slots of its own, so that no two
+//! write the same bytes.
+
+use std::{collections::VecDeque, ops::Range, sync::Arc, time::Instant};
+
+use ckpt_core::{
+    Result,
+    device::{BufferSlice, Event, host::HostBuffer},
+    transport::{OneSided, ReadOp, RemoteRegion, Way, WriteOp},
+};
+
+use super::measure::{Bench, Part, bug, no_facet, patterns};
+
+/// Slots take at most this much memory, if there are enough for one message each.
+const MEMORY: u64 = 256 << 20;
+
+/// Where one rank's messages go and come from.
+struct Slots<'a> {
+    facet: &'a dyn OneSided,
+    way: Way,
+    region: Arc<RemoteRegion>,
+    /// Of this rank's first slot in the region.
+    start: u64,
+    memory: BufferSlice,
+    size: u64,
+    count: u64,
+}
+
+impl Slots<'_> {
+    /// Posts a message on each of these slots.
+    fn post(&self, slots: Range<u64>, deadline: Instant) -> Result<Event> {
+        let places = slots.map(|slot| {
+            let at = slot % self.count * self.size;
+            Ok((self.region.clone(), self.start + at, self.memory.slice(at..at + self.size)?))
+        });
+        let places = places.collect::<Result<Vec<_>>>()?.into_iter();
+        match self.way {
+            Way::Read => {
+                let ops = places.map(|(region, offset, into)| ReadOp { region, offset, into }).collect();
+                self.facet.post_read(ops, deadline)
+            }
+            Way::Write => {
+                let ops = places.map(|(region, offset, from)| WriteOp { region, offset, from }).collect();
+                self.facet.post_write(ops, deadline)
+            }
+        }
+    }
+
+    /// Seconds for each message, and in the fastest stretch. Two stretches of half the slots are in flight at a time.
+    async fn stream(&self, messages: u64, deadline: Instant) -> Result<(f64, f64)> {
+        let stretch = (self.count / 2).max(1);
+        let mut flying: VecDeque<(Event, u64)> = VecDeque::new();
+        let (mut posted, mut fastest) = (0, f64::INFINITY);
+        let began = Instant::now();
+        let mut last = began;
+        while posted < messages || !flying.is_empty() {
+            while posted < messages && flying.len() < self.count.min(2) as usize {
+                let count = stretch.min(messages - posted);
+                flying.push_back((self.post(posted..posted + count, deadline)?, count));
+                posted += count;
+            }
+            let Some((event, count)) = flying.pop_front() else { break };
+            event.done(deadline).await?;
+            let now = Instant::now();
+            // The first includes the time to fill the pipe, which is also in the average.
+            fastest = fastest.min((now - last).as_secs_f64() / count as f64);
+            last = now;
+        }
+        Ok((began.elapsed().as_secs_f64() / messages.max(1) as f64, fastest))
+    }
+}
+
+impl Bench {
+    pub(super) async fn one_sided(&mut self, size: u64) -> Result<Part> {
+        let transport = self.transport.clone();
+        let facet = transport.one_sided().ok_or_else(|| no_facet(&*transport, "one-sided facet"))?;
+        let way =
+            self.args.op.way().ok_or_else(|| bug("a collective is measured as a one-sided operation"))?;
+        if way == Way::Write && !transport.capability().one_sided_write {
+            return Err(no_facet(&*transport, "one-sided writes"));
+        }
+        // Alone, a rank works on its own memory.
+        let others = u64::from(self.world_size() - 1).max(1);
+        let areas = if way == Way::Write { others } else { 1 };
+        let count = (MEMORY / (size * areas)).clamp(1, u64::from(self.args.depth));
+        let (expected, opposite) = patterns(size * count).await?;
+        let (there, here) = match way {
+            Way::Read => (expected.clone(), &opposite),
+            Way::Write => (opposite.repeat(areas as usize), &expected),
+        };
+        let lent = match self.rank() {
+            0 => Some(self.device.pin(HostBuffer::from_bytes(&there)?)?),
+            _ => None,
+        };
+        let registration = match &lent {
+            Some(buffer) if way == Way::Read => Some(facet.register(buffer.clone()).await?),
+            Some(buffer) => Some(facet.register_writable(buffer.clone()).await?),
+            None => None,
+        };
+        let region = registration.as_ref().map(|registration| registration.region().clone());
+        let regions: Vec<Option<RemoteRegion>> = self.exchange(&region).await?;
+        let region = regions.into_iter().flatten().next().ok_or_else(|| bug("rank 0 told no region"))?;
+        let works = self.rank() != 0 || self.world_size() == 1;
+        let mut part = Part::default();
+        let slots = Slots {
+            facet,
+            way,
+            region: Arc::new(region),
+            // Rank 0 has none, unless it is alone.
+            start: if areas > 1 { u64::from(self.rank().saturating_sub(1)) * size * count } else { 0 },
+            memory: BufferSlice::whole(self.device.pin(HostBuffer::from_bytes(here)?)?),
+            size,
+            count,
+        };
+        if works {
+            let (warmup, iters) = (u64::from(self.args.warmup), u64::from(self.args.iters));
+            slots.stream(warmup, self.deadline()).await?;
+            let (seconds, fastest) = slots.stream(iters, self.deadline()).await?;
+            (part.seconds, part.fastest) = (seconds, Some(fastest));
+            let deadline = self.deadline();
+            for number in 0..warmup + iters {
+                let started = Instant::now();
+                slots.post(0..1, deadline)?.done(deadline).await?;
+                if number >= warmup {
+                    part.latencies.push(started.elapsed().as_secs_f64());
+                }
+            }
+        }
+        if self.args.check {
+            // Bytes that arrived before do not count.
+            match (way, &lent) {
+                (Way::Read, _) => {
+                    self.copy(HostBuffer::from_bytes(&opposite)?.slice(), slots.memory.clone()).await?;
+                }
+                (Way::Write, Some(buffer)) => {
+                    let fresh = HostBuffer::from_bytes(&there)?.slice();
+                    self.copy(fresh, BufferSlice::whole(buffer.clone())).await?;
+                }
+                (Way::Write, None) => {}
+            }
+            self.exchange(&()).await?;
+            if works {
+                let deadline = self.deadline();
+                slots.post(0..count, deadline)?.done(deadline).await?;
+            }
+            self.exchange(&()).await?;
+            part.wrong_bytes = match (way, lent) {
+                (Way::Read, _) if works => Some(self.wrong(&slots.memory, expected).await?),
+                (Way::Write, Some(buffer)) => {
+                    let expected = expected.repeat(areas as usize);
+                    Some(self.wrong(&BufferSlice::whole(buffer), expected).await?)
+                }
+                _ => None,
+            };
+        }
+        // The memory is lent until all are through.
+        self.exchange(&()).await?;
+        drop(registration);
+        Ok(part)
+    }
+}

@@ -1,0 +1,257 @@
+//! One batch of reads or writes with one owner: cut into pieces, put on lanes, tried again elsewhere when a lane fails.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use ckpt_core::{
+    Error, ErrorKind, Key, Result,
+    device::BufferSlice,
+    transport::{Transfer, Way},
+};
+
+use crate::{
+    connection::Connection,
+    lane::{Batch, FLUSHED, Failure, Lane, Piece},
+    memory::{Claim, MrSet, transfer_own},
+    node::{Node, Peer},
+    wire::Descriptor,
+};
+
+/// One work request asks for at most this much.
+const PIECE_BYTES: u64 = 1 << 20;
+/// Times that pieces are tried before their failure is the batch's.
+const ATTEMPTS: usize = 4;
+/// A device flushes a queue pair at once; this long a batch waits for it after its deadline.
+const QUIET: Duration = Duration::from_secs(2);
+
+/// A part of one transfer.
+#[derive(Clone)]
+struct Part {
+    memory: BufferSlice,
+    registered: Arc<MrSet>,
+    remote_address: u64,
+    keys: Arc<Vec<u32>>,
+}
+
+/// What is on a device now.
+type Current = Mutex<Option<(Arc<Connection>, Arc<Batch>)>>;
+
+/// A batch with one owner.
+pub(crate) struct Job {
+    pub(crate) way: Way,
+    pub(crate) transfers: Vec<(Transfer, Descriptor)>,
+}
+
+/// Moves the bytes. When it returns, no device touches this side's memory any more.
+pub(crate) async fn run(node: &Arc<Node>, peer: Peer, job: Job, deadline: Instant) -> Result<()> {
+    let operation = job.way.operation();
+    if peer.1 == node.id {
+        return own(node, job, deadline).await.map_err(|e| e.with(Key::Peer, peer.0));
+    }
+    let current = Current::default();
+    let outcome = tokio::time::timeout_at(deadline.into(), attempts(node, peer, &job, &current)).await;
+    let outcome = outcome.unwrap_or_else(|_| {
+        let what = "the bytes did not arrive by the deadline";
+        let mut error = Error::new(ErrorKind::Timeout, operation, what);
+        let current = current.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((connection, _)) = &*current {
+            let names = connection.lanes.iter().map(|lane| lane.nic.name());
+            error = error.with(
+                Key::Hca,
+                names.collect::<std::collections::BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(","),
+            );
+        }
+        Err(error)
+    });
+    let flying = current.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some((connection, batch)) = flying {
+        connection.kill();
+        if tokio::time::timeout(QUIET, batch.finished()).await.is_err() {
+            // The pieces own their memory, so nothing breaks but the promise that it may be reused.
+            tracing::error!(peer = %peer.0, "a device does not let go of a batch that has failed");
+        }
+    }
+    outcome.map_err(|e| e.with(Key::Peer, peer.0))
+}
+
+/// Transfers with this process's own regions are copies: a NIC would carry the bytes twice over its link, and some setups
+/// do not route to themselves.
+async fn own(node: &Arc<Node>, job: Job, deadline: Instant) -> Result<()> {
+    let operation = job.way.operation();
+    let late = move || {
+        let what = "the bytes were not copied by the deadline";
+        let error = || Err(Error::new(ErrorKind::Timeout, operation, what));
+        if Instant::now() < deadline { Ok(()) } else { error() }
+    };
+    let claims = claims(&job);
+    node.regions.check(&claims)?;
+    let regions = node.regions.clone();
+    let copied = tokio::task::spawn_blocking(move || {
+        job.transfers.iter().try_for_each(|(transfer, _)| transfer_own(&regions, job.way, transfer, late))
+    });
+    copied
+        .await
+        .unwrap_or_else(|e| Err(Error::new(ErrorKind::Internal, operation, "the task ended").caused_by(e)))?;
+    late()?;
+    node.regions.check(&claims)
+}
+
+async fn attempts(node: &Arc<Node>, peer: Peer, job: &Job, current: &Current) -> Result<()> {
+    let Some((_, descriptor)) = job.transfers.first() else { return Ok(()) };
+    let operation = job.way.operation();
+    let claims = claims(job);
+    let mut parts = parts(node, job).await?;
+    let mut last = None;
+    for _ in 0..ATTEMPTS {
+        let connection = match node.connection(peer, descriptor).await {
+            Ok(connection) => connection,
+            Err(error) => return Err(last.unwrap_or(error)),
+        };
+        if let Err(error) = connection.check(&claims).await {
+            // A connection that was kept may have ended since: then a new one tells what is the matter.
+            if error.kind() != ErrorKind::PeerLost {
+                return Err(error);
+            }
+            connection.lost.cancel();
+            last = Some(error);
+            continue;
+        }
+        let failures = post(&connection, job.way, &parts, current).await;
+        if failures.is_empty() {
+            // Bytes of a region that was released meanwhile do not count.
+            return connection.check(&claims).await;
+        }
+        let word = connection.check(&claims).await;
+        if let Err(error) = word
+            && error.kind() != ErrorKind::PeerLost
+        {
+            return Err(error);
+        }
+        let culprit = failures.iter().find(|failure| failure.error != FLUSHED && !is_flush(failure));
+        if let Some(failure) = culprit {
+            let lane = connection.lanes.get(failure.lane);
+            let error = describe(operation, failure, lane.map(|lane| &**lane), descriptor);
+            if error.kind() != ErrorKind::PeerLost {
+                return Err(error);
+            }
+            tracing::warn!(%error, peer = %peer.0, "a lane failed; its pieces are tried elsewhere");
+            if let Some(lane) = lane {
+                node.suspect(peer, (lane.nic.index, lane.remote_nic));
+            }
+            last = Some(error);
+        } else if last.is_none() {
+            last = failures.first().map(|failure| {
+                let lane = connection.lanes.get(failure.lane).map(|lane| &**lane);
+                describe(operation, failure, lane, descriptor)
+            });
+        }
+        let failed: Vec<Part> =
+            failures.iter().filter_map(|failure| parts.get(failure.index).cloned()).collect();
+        parts = failed;
+    }
+    Err(last.unwrap_or_else(|| Error::new(ErrorKind::PeerLost, operation, "every lane to the owner failed")))
+}
+
+fn is_flush(failure: &Failure) -> bool {
+    matches!(failure.error, crate::VerbsError::Completion { status: 5, .. })
+}
+
+/// What the owner is asked for each region.
+fn claims(job: &Job) -> Vec<Claim> {
+    let mut ends: BTreeMap<(u64, u64), u64> = BTreeMap::new();
+    for (transfer, _) in &job.transfers {
+        let end = ends.entry((transfer.region.generation, transfer.region.address)).or_default();
+        *end = (*end).max(transfer.offset + transfer.memory.len_bytes());
+    }
+    let write = job.way == Way::Write;
+    ends.into_iter().map(|((generation, address), end)| Claim { generation, address, end, write }).collect()
+}
+
+async fn parts(node: &Arc<Node>, job: &Job) -> Result<Vec<Part>> {
+    let mut parts = Vec::new();
+    for (transfer, descriptor) in &job.transfers {
+        let len = transfer.memory.len_bytes();
+        if len == 0 {
+            continue;
+        }
+        let registered = node.local.get(&node.nics, transfer.memory.buffer()).await?;
+        let keys = Arc::new(descriptor.keys.clone());
+        let mut start = 0;
+        while start < len {
+            let end = len.min(start + PIECE_BYTES);
+            parts.push(Part {
+                memory: transfer.memory.slice(start..end)?,
+                registered: registered.clone(),
+                remote_address: transfer.region.address + transfer.offset + start,
+                keys: keys.clone(),
+            });
+            start = end;
+        }
+    }
+    Ok(parts)
+}
+
+/// Puts `parts` on the connection's lanes, and answers those that failed when none is on a device any more.
+async fn post(connection: &Arc<Connection>, way: Way, parts: &[Part], current: &Current) -> Vec<Failure> {
+    let lanes = connection.open_lanes();
+    if lanes.is_empty() {
+        let failed = |index| Failure { index, error: FLUSHED, hca: String::new(), lane: 0 };
+        return (0..parts.len()).map(failed).collect();
+    }
+    let batch = Batch::new(parts.len());
+    let mut shares: Vec<(&Arc<Lane>, Vec<Piece>)> =
+        lanes.into_iter().map(|lane| (lane, Vec::new())).collect();
+    let count = shares.len();
+    for (index, part) in parts.iter().enumerate() {
+        let (lane, pieces) = &mut shares[index % count];
+        pieces.push(Piece {
+            batch: batch.clone(),
+            index,
+            way,
+            memory: part.memory.clone(),
+            registered: part.registered.clone(),
+            remote_address: part.remote_address,
+            // A descriptor with too few keys is refused before.
+            remote_key: part.keys.get(lane.remote_nic).copied().unwrap_or(0),
+        });
+    }
+    *current.lock().unwrap_or_else(PoisonError::into_inner) = Some((connection.clone(), batch.clone()));
+    connection.submit(shares);
+    let failures = tokio::select! {
+        failures = batch.finished() => failures,
+        () = connection.lost.cancelled() => {
+            // The owner is gone: the queue pairs would learn of it only after all their retries.
+            connection.kill();
+            batch.finished().await
+        }
+    };
+    *current.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    failures
+}
+
+fn describe(
+    operation: &'static str,
+    failure: &Failure,
+    lane: Option<&Lane>,
+    descriptor: &Descriptor,
+) -> Error {
+    let error = Error::from(failure.error.clone());
+    let theirs = lane.and_then(|lane| descriptor.nics.get(lane.remote_nic)).map_or("?", |nic| &nic.hca);
+    let what = match error.kind() {
+        ErrorKind::PeerLost => "the owner's device does not answer: the link or the owner is down",
+        ErrorKind::Aborted => "the queue pair ended before the bytes arrived",
+        _ => "the devices refused the request",
+    };
+    let kind = if error.kind() == ErrorKind::Aborted { ErrorKind::PeerLost } else { error.kind() };
+    let code = error.get(Key::Code).unwrap_or_default().to_owned();
+    let mut named = Error::new(kind, operation, format!("{what} (owner's device {theirs})"))
+        .with(Key::Hca, &failure.hca)
+        .with(Key::Code, code);
+    if let Some(lane) = lane {
+        named = named.with(Key::Port, lane.nic.port);
+    }
+    named.caused_by(error)
+}
