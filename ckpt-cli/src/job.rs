@@ -2,7 +2,7 @@
 
 use std::{
     net::IpAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -12,8 +12,10 @@ use ckpt_core::{
     Error, ErrorKind,
     control::{self, JobOptions},
     device::runtime_dir,
+    layer::ChaosConfig,
     plan::PlanLimits,
     server::{OpenOptions, Opened, ParameterServer, open},
+    topology::numa,
     transport::Registry,
 };
 use clap::Args;
@@ -44,12 +46,32 @@ pub(crate) struct JobArgs {
     /// Connections between two ranks, for transports that stripe
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64), value_name = "N")]
     connections: u8,
+    /// Faults on the way between the ranks, by seed: for tests
+    #[arg(long, hide = true, value_name = "SEED")]
+    chaos: Option<u64>,
+    /// Keep the device buffer between updates, for engines that have budgeted for it; native workers keep their mapping too
+    #[arg(long)]
+    keep_ring: bool,
+    /// Use all CPUs; else a rank keeps to those of its device's NUMA node, where there are several nodes
+    #[arg(long)]
+    no_numa: bool,
     /// Aim at buckets of this size
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1 << 20), value_name = "MIB")]
     bucket_mib: Option<u64>,
     #[command(flatten)]
     deadlines: DeadlineArgs,
 }
+
+/// Bad enough that most updates of some buckets meet a fault. Wrong bytes are for the digests to find, not for this.
+const CHAOS: ChaosConfig = ChaosConfig {
+    seed: 0,
+    drop_ppm: 40_000,
+    delay_ppm: 200_000,
+    delay: Duration::from_millis(400),
+    corrupt_ppm: 0,
+    cut_ppm: 60_000,
+    spare: 0,
+};
 
 /// A rank that has joined its job.
 pub(crate) struct Rank {
@@ -89,9 +111,19 @@ impl Rank {
             reading,
             bind: args.bind,
             connections: usize::from(args.connections),
+            chaos: args.chaos.map(|seed| ChaosConfig { seed, ..CHAOS }),
             limits,
         };
-        let Opened { job, server, transport } = open(options, registry).await?;
+        let Opened { job, mut server, transport } = open(options, registry).await?;
+        server.keep_ring(args.keep_ring);
+        if let Some(node) = server.device().info().numa_node.filter(|_| !args.no_numa) {
+            match numa::bind_process(Path::new(numa::SYSFS), node) {
+                Ok(Some(cpus)) => tracing::info!(node, cpus, "keeps to the NUMA node of its device"),
+                Ok(None) => {}
+                // Only speed is lost.
+                Err(error) => tracing::warn!(%error, node, "cannot keep to the NUMA node of its device"),
+            }
+        }
         Ok(Self {
             job,
             server,

@@ -7,11 +7,41 @@ use std::{
     net::SocketAddr,
     os::unix::{fs::PermissionsExt, net::UnixStream},
     path::Path,
+    sync::Arc,
+    time::Duration,
 };
 
-use axum::Router;
+use axum::{
+    Router,
+    body::Body,
+    extract::Request,
+    middleware::{self, Next},
+    response::Response,
+};
 use ckpt_core::{Error, ErrorKind, Key, Result};
-use tokio::net::{TcpListener, UnixListener};
+use futures_util::{StreamExt, stream};
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::Semaphore,
+    time::Instant,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// From one request, or the connection, to the next request's whole head.
+const HEAD_TIME: Duration = Duration::from_secs(5);
+/// A head with all its headers.
+const HEAD_BYTES: usize = 64 << 10;
+/// Between two pieces of a body.
+const PIECE_TIME: Duration = Duration::from_secs(10);
+/// For a whole body.
+const BODY_TIME: Duration = Duration::from_secs(300);
+/// At once; more wait to be accepted.
+const CONNECTIONS: usize = 512;
 
 /// A bound listener.
 pub(crate) struct Listener {
@@ -65,19 +95,70 @@ impl Listener {
     }
 
     /// Serves until `stop` completes and the requests under way are answered.
-    pub(crate) async fn serve(
-        self,
-        router: Router,
-        stop: impl Future<Output = ()> + Send + 'static,
-    ) -> Result<()> {
-        let ended = match self.socket {
-            Socket::Tcp(listener) => axum::serve(listener, router).with_graceful_shutdown(stop).await,
-            Socket::Unix(listener, _path) => axum::serve(listener, router).with_graceful_shutdown(stop).await,
-        };
-        ended.map_err(|error| {
-            Error::new(ErrorKind::Backend, "serve requests", "the server ended").caused_by(error)
-        })
+    pub(crate) async fn serve(self, router: Router, stop: impl Future<Output = ()> + Send + 'static) {
+        let router = router.layer(middleware::from_fn(bound_body));
+        match self.socket {
+            Socket::Tcp(listener) => serve_on(listener, router, stop).await,
+            Socket::Unix(listener, _path) => serve_on(listener, router, stop).await,
+        }
     }
+}
+
+/// Accepts until `stop`, then lets the requests under way end.
+async fn serve_on<L: axum::serve::Listener>(mut listener: L, router: Router, stop: impl Future<Output = ()>) {
+    let mut http = http1::Builder::new();
+    // The limit also ends connections on which nothing more is asked.
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME).max_buf_size(HEAD_BYTES);
+    let (places, ending, tasks) =
+        (Arc::new(Semaphore::new(CONNECTIONS)), CancellationToken::new(), TaskTracker::new());
+    let accept = async {
+        // Never closed.
+        while let Ok(place) = places.clone().acquire_owned().await {
+            let (stream, _) = listener.accept().await;
+            let connection =
+                http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router.clone()));
+            let ending = ending.clone();
+            tasks.spawn(async move {
+                let mut connection = std::pin::pin!(connection);
+                let ended = tokio::select! {
+                    ended = &mut connection => ended,
+                    () = ending.cancelled() => {
+                        connection.as_mut().graceful_shutdown();
+                        connection.await
+                    }
+                };
+                if let Err(error) = ended {
+                    tracing::debug!(%error, "a connection ended early");
+                }
+                drop(place);
+            });
+        }
+    };
+    tokio::select! {
+        () = accept => {}
+        () = stop => {}
+    }
+    drop(listener);
+    ending.cancel();
+    tasks.close();
+    tasks.wait().await;
+}
+
+/// Ends requests whose bodies trickle in.
+async fn bound_body(request: Request, next: Next) -> Response {
+    let end = Instant::now() + BODY_TIME;
+    let body = |body: Body| {
+        let pieces = stream::unfold(Some(body.into_data_stream()), move |pieces| async move {
+            let mut pieces = pieces?;
+            match tokio::time::timeout_at(end.min(Instant::now() + PIECE_TIME), pieces.next()).await {
+                Ok(Some(piece)) => Some((piece, Some(pieces))),
+                Ok(None) => None,
+                Err(_) => Some((Err(axum::Error::new(io::Error::from(io::ErrorKind::TimedOut))), None)),
+            }
+        });
+        Body::from_stream(pieces)
+    };
+    next.run(request.map(body)).await
 }
 
 fn cannot_listen(address: String, error: io::Error) -> Error {

@@ -66,10 +66,15 @@ impl Job {
 
     /// Starts the reference engine of one rank and waits until it listens.
     pub async fn worker(&self, rank: u32, options: &[&str]) -> Process {
+        self.worker_at(rank, &self.socket(rank), options).await
+    }
+
+    /// The same on another socket: something stands in front of it.
+    pub async fn worker_at(&self, rank: u32, socket: &Path, options: &[&str]) -> Process {
         let program = Program::new(self.program)
             .arg("worker")
             .arg("--uds")
-            .arg(self.socket(rank))
+            .arg(socket)
             .args(["--rank", &rank.to_string(), "--exit-with-parent"])
             .args(options);
         let mut process = program.env("CKPT_RUNTIME_DIR", self.runtime_dir()).spawn();
@@ -96,7 +101,8 @@ impl Job {
     pub fn update_in(&self, env: &[(&str, &str)], options: &[&str]) -> Ranks {
         let mut ranks = self.absent();
         for rank in 0..self.world_size {
-            self.start_in(env, &mut ranks, rank, options);
+            let hub = ranks.hub();
+            self.start_in(env, &mut ranks, rank, options, hub);
         }
         ranks
     }
@@ -114,10 +120,22 @@ impl Job {
 
     /// Starts one rank of `ckpt update`, as [`Job::update`] starts all; `options` that begin with a command run that.
     pub fn start(&self, ranks: &mut Ranks, rank: u32, options: &[&str]) {
-        self.start_in(&[], ranks, rank, options);
+        self.start_in(&[], ranks, rank, options, ranks.hub());
     }
 
-    fn start_in(&self, env: &[(&str, &str)], ranks: &mut Ranks, rank: u32, options: &[&str]) {
+    /// The same with another way to the hub.
+    pub fn start_through(&self, ranks: &mut Ranks, rank: u32, options: &[&str], hub: SocketAddr) {
+        self.start_in(&[], ranks, rank, options, hub);
+    }
+
+    fn start_in(
+        &self,
+        env: &[(&str, &str)],
+        ranks: &mut Ranks,
+        rank: u32,
+        options: &[&str],
+        hub: SocketAddr,
+    ) {
         let (command, options) = match options.split_first() {
             Some((command, options)) if !command.starts_with('-') => (*command, options),
             _ => ("update", options),
@@ -137,7 +155,7 @@ impl Job {
             program = program.arg("--uds").arg(self.path("worker-{rank}.sock"));
         }
         let (rank_text, world_size) = (rank.to_string(), self.world_size.to_string());
-        let hub = ranks.hub.local_addr().expect("a bound socket has an address").to_string();
+        let hub = hub.to_string();
         let variables = [
             ("RANK", rank_text.as_str()),
             ("WORLD_SIZE", &world_size),
@@ -210,6 +228,11 @@ impl Ranks {
     /// Takes one rank out; [`Ranks::finish`] leaves it to the caller.
     pub fn take(&mut self, rank: u32) -> Process {
         self.processes[rank as usize].take().expect("the rank was not taken")
+    }
+
+    /// Where rank 0 listens for the others.
+    pub fn hub(&self) -> SocketAddr {
+        self.hub.local_addr().expect("a bound socket has an address")
     }
 
     /// The ranks that are running and were not taken.

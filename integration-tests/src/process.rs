@@ -108,6 +108,18 @@ impl Process {
             .unwrap_or_else(|error| panic!("cannot signal {}: {error}\n{}", self.shown, self.logs()));
     }
 
+    /// The same where it may have ended.
+    pub fn signal_if_alive(&mut self, signal: Signal) {
+        if self.is_alive() {
+            self.signal(signal);
+        }
+    }
+
+    /// Whether it runs or is stopped.
+    pub fn is_alive(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
     /// Closes its standard input.
     pub fn close_stdin(&mut self) {
         self._stdin = None;

@@ -85,13 +85,13 @@ async fn the_doctor_finds_the_libraries_and_what_is_missing_around_them() {
     assert_eq!(device["available"], true, "{device}");
     assert!(device["detail"].as_str().unwrap().contains("ACL 1.15.0"), "{device}");
     assert_eq!(find("transports", "hccl")["available"], true);
-    let port = find("system", "HCCL_IF_BASE_PORT");
+    let port = find("findings", "HCCL_IF_BASE_PORT");
     assert_eq!(port["verdict"], "warning");
     assert!(port["detail"].as_str().unwrap().contains("99999"), "{port}");
-    assert!(find("system", "RANK_TABLE_FILE")["detail"].as_str().unwrap().contains("16666"));
+    assert!(find("findings", "RANK_TABLE_FILE")["detail"].as_str().unwrap().contains("16666"));
     // Without any sign of an NPU the doctor does not speak of them.
     let told = ckpt!("doctor", "--json").finish().await.expect_code(0).json();
-    assert!(!told["system"].to_string().contains("RANK_TABLE_FILE"), "{told}");
+    assert!(!told["findings"].to_string().contains("RANK_TABLE_FILE"), "{told}");
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 mod actor;
 mod api;
 mod body;
+mod metrics;
 mod paths;
 mod view;
 
@@ -235,7 +236,7 @@ async fn answer_until_the_end(
     };
     let mut serving = std::pin::pin!(listener.serve(api::router(app), stop));
     tokio::select! {
-        served = &mut serving => served?,
+        () = &mut serving => {}
         () = overdue => {
             tracing::warn!("requests under way are ended");
             // An update hears of it from its session, tells its worker, and fails: its client gets an answer.

@@ -50,6 +50,10 @@ pub trait Ring: Send + Sync + fmt::Debug {
     fn export(&self) -> RingExport;
     /// These bytes were acked and hold nothing of value. The adversarial host device poisons them, others do nothing.
     fn freed(&self, range: Range<u64>);
+    /// The ring's number, if it is kept between updates: workers may then keep their mapping too.
+    fn kept(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// What a device is, for logs, endpoints and topology.

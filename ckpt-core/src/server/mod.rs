@@ -12,6 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use tracing::Instrument as _;
 
 use self::{
     metas::Known,
@@ -36,6 +37,7 @@ use crate::{
     update::{
         EngineCall, Outcome,
         driver::{Attempt, Ended, Group, drive, no_broadcasts},
+        kept::KeptRing,
         trace::Trace,
     },
 };
@@ -120,6 +122,8 @@ pub struct ParameterServer {
     locations: BTreeMap<Rank, Location>,
     /// Communicators for the next updates, the last used first.
     groups: Vec<Group>,
+    keep_ring: bool,
+    kept_ring: Option<Arc<KeptRing>>,
     /// Rings that a worker may still have mapped after a failure.
     quarantine: Vec<Arc<dyn Ring>>,
     policy: Policy,
@@ -153,6 +157,8 @@ impl ParameterServer {
             layouts: LayoutCache::default(),
             locations: BTreeMap::new(),
             groups: Vec::new(),
+            keep_ring: false,
+            kept_ring: None,
             quarantine: Vec::new(),
             policy: Policy::default(),
             present: Vec::new(),
@@ -210,6 +216,13 @@ impl ParameterServer {
     /// Sets the time limits of the calls that follow. The hub keeps its own for joining and silence.
     pub fn set_deadlines(&mut self, deadlines: Deadlines) {
         self.deadlines = deadlines;
+    }
+
+    /// Whether the ring stays in device memory between updates, for engines that have budgeted for it; at first it does
+    /// not. Native workers then keep their mapping too. `false` frees it at once.
+    pub fn keep_ring(&mut self, keep: bool) {
+        self.keep_ring = keep;
+        self.kept_ring = self.kept_ring.take().filter(|_| keep);
     }
 
     /// Holds `checkpoint` under `name`; a name that is taken is an error.
@@ -280,6 +293,21 @@ impl ParameterServer {
     /// One update from `source`, which is recorded under the checkpoint's `name`.
     async fn move_weights(
         &mut self,
+        request: UpdateRequest,
+        source: Source,
+        name: &str,
+    ) -> Result<UpdateReport> {
+        let span = tracing::info_span!(
+            "update",
+            rank = self.rank,
+            checkpoint = request.checkpoint,
+            version = request.version.0,
+        );
+        self.attempt_update(request, source, name).instrument(span).await
+    }
+
+    async fn attempt_update(
+        &mut self,
         mut request: UpdateRequest,
         source: Source,
         name: &str,
@@ -327,7 +355,8 @@ impl ParameterServer {
             ranks: request.ranks.clone(),
             device_uuid: self.device.info().uuid.clone(),
             endpoint: request.sink.as_ref().map(|s| s.endpoint().to_owned()),
-            free_bytes: self.device.free_memory_bytes()?,
+            free_bytes: self.device.free_memory_bytes()?
+                + self.kept_ring.as_ref().map_or(0, |kept| kept.len_bytes()),
             communicator: group.as_ref().map(|g| g.epoch),
             token,
         }))?;
@@ -346,15 +375,18 @@ impl ParameterServer {
             pause: self.policy.pause,
             leave: self.policy.on_failure == OnFailure::Leave,
             group,
+            keep_ring: self.keep_ring,
+            kept_ring: self.kept_ring.take(),
             quarantine: std::mem::take(&mut self.quarantine),
             trace: trace.clone(),
         };
-        let Ended { outcome, epoch, plan, group, quarantine, touched, may_be_mixed, finished } =
+        let Ended { outcome, epoch, plan, group, kept_ring, quarantine, touched, may_be_mixed, finished } =
             drive(attempt, self.session.clone(), updates).await;
         if let Some(group) = group {
             // An update of all ranks and one of some alternate without building anything anew.
             self.keep(group);
         }
+        self.kept_ring = kept_ring;
         self.quarantine = quarantine;
         self.may_be_mixed = may_be_mixed;
         self.record(&Aftermath {

@@ -35,8 +35,8 @@ pub(super) const FILE_KIND: &str = "native";
 /// What makes a [`NativeSink`] faster or stricter than the plain one of `Default`.
 #[derive(Clone, Debug, Default)]
 pub struct NativeSinkConfig {
-    /// The ring's number if its owner keeps it between updates: the worker then keeps its mapping too, until another
-    /// number comes. A number must never be used for two rings of one process.
+    /// The ring's number if its owner keeps it between updates and [`Ring::kept`] does not say so itself: the worker then
+    /// keeps its mapping too, until another number comes. A number must never be used for two rings of one process.
     pub kept_ring: Option<u64>,
     /// All tensors; the worker is told once, and buckets refer to them by index.
     pub layout: Option<Arc<Layout>>,
@@ -302,6 +302,7 @@ impl WeightSink for NativeSink {
     async fn open(&mut self, ring: &dyn Ring, deadline: Instant) -> Result<()> {
         self.expect(Stage::Bound, "open the ring")?;
         self.connected(deadline).await?;
+        self.config.kept_ring = self.config.kept_ring.or(ring.kept());
         let Some(peer) = &self.peer else {
             return Err(self.error(ErrorKind::Internal, "open the ring", "no worker is connected"));
         };

@@ -12,6 +12,7 @@ use super::{
     Action, Event, MachineConfig, Outcome, UpdateMachine,
     device_lane::{DeviceLane, DeviceWork},
     engine_lane::{EngineLane, Verdict},
+    kept::KeptRing,
     pull::{Pull, Puller},
     trace::{Stage, Trace},
     worker_lane::{Call, WorkerLane},
@@ -71,6 +72,10 @@ pub(crate) struct Attempt {
     /// After a failure in the middle the engine serves again, whatever its weights are.
     pub(crate) leave: bool,
     pub(crate) group: Option<Group>,
+    /// Keep the ring for the next update.
+    pub(crate) keep_ring: bool,
+    /// The last update's.
+    pub(crate) kept_ring: Option<Arc<KeptRing>>,
     /// Rings of failed updates that a worker may still have mapped.
     pub(crate) quarantine: Vec<Arc<dyn Ring>>,
     pub(crate) trace: Trace,
@@ -83,6 +88,8 @@ pub(crate) struct Ended {
     pub(crate) plan: Option<Arc<UpdatePlan>>,
     /// For the next update, if all went well.
     pub(crate) group: Option<Group>,
+    /// The same.
+    pub(crate) kept_ring: Option<Arc<KeptRing>>,
     /// Rings that a worker may still have mapped.
     pub(crate) quarantine: Vec<Arc<dyn Ring>>,
     /// This rank's worker was given a bucket.
@@ -119,6 +126,7 @@ impl Drop for Cancelled {
 struct Prepared {
     plan: Arc<UpdatePlan>,
     ring: Arc<dyn Ring>,
+    kept_ring: Option<Arc<KeptRing>>,
     /// On a rank that pulls.
     puller: Option<Puller>,
     group: Option<Group>,
@@ -333,6 +341,7 @@ impl Driver {
         let limits = self.attempt.limits.clone();
         let manifest = self.attempt.manifest.clone();
         let group = self.attempt.group.take();
+        let (keep_ring, kept_ring) = (self.attempt.keep_ring, self.attempt.kept_ring.take());
         let rank = self.attempt.rank;
         let pull = self.attempt.pull.clone();
         let method = match &pull {
@@ -354,21 +363,28 @@ impl Driver {
                     limits,
                     method,
                 })?;
-                let ring = device.allocate_ring(plan.ring_bytes.max(SMALLEST_RING))?;
+                let ring_bytes = plan.ring_bytes.max(SMALLEST_RING);
+                let (ring, kept_ring): (Arc<dyn Ring>, _) = if keep_ring {
+                    let kept = KeptRing::take(kept_ring, &*device, ring_bytes)?;
+                    (kept.clone(), Some(kept))
+                } else {
+                    drop(kept_ring);
+                    (device.allocate_ring(ring_bytes)?, None)
+                };
                 plan::check_coverage(&plan, &manifest).map_err(|violation| {
                     Error::new(ErrorKind::Internal, "plan an update", violation.to_string())
                 })?;
                 let puller =
                     pull.map(|pull| pull.puller(&plan, rank, &*ring, &planned)).transpose()?.flatten();
-                Ok((Arc::new(plan), ring, puller))
+                Ok((Arc::new(plan), ring, kept_ring, puller))
             });
             let group = connect(&*transport, rank, ranks, epoch, choice, group, deadline);
             let (plan_and_ring, group) = tokio::join!(plan_and_ring, group);
-            let (plan, ring, puller) = plan_and_ring.map_err(|e| {
+            let (plan, ring, kept_ring, puller) = plan_and_ring.map_err(|e| {
                 Error::new(ErrorKind::Internal, "plan an update", "the planner panicked").caused_by(e)
             })??;
             trace.end(Stage::Prepare, None, start);
-            Ok(Prepared { plan, ring, puller, group: group? })
+            Ok(Prepared { plan, ring, kept_ring, puller, group: group? })
         }));
     }
 
@@ -380,7 +396,8 @@ impl Driver {
     }
 
     fn start_device_lane(&mut self, prepared: Prepared) -> Result<Event> {
-        let Prepared { plan, ring, puller, group } = prepared;
+        let Prepared { plan, ring, kept_ring, puller, group } = prepared;
+        self.attempt.kept_ring = kept_ring;
         self.group_head = group.as_ref().map(|g| (g.epoch, g.members.clone()));
         let work = DeviceWork {
             rank: self.attempt.rank,
@@ -484,6 +501,7 @@ impl Driver {
         }
         // After a failure all members start afresh, so that none is left with a communicator that others lack.
         let group = self.attempt.group.take().filter(|_| well);
+        let kept_ring = self.attempt.kept_ring.take().filter(|_| well);
         let mut quarantine = std::mem::take(&mut self.attempt.quarantine);
         if let Some(let_go) = let_go.filter(|q| !q.worker_let_go) {
             quarantine.extend(let_go.ring.or_else(|| self.ring.take()));
@@ -493,6 +511,7 @@ impl Driver {
             epoch: self.epoch,
             plan: self.plan,
             group,
+            kept_ring,
             quarantine,
             touched: self.touched,
             may_be_mixed: self.all_opened,

@@ -162,7 +162,7 @@ impl Case {
         let mut relay = None;
         for rank in 0..RANKS {
             if self.victim == Victim::EngineServer && rank == self.culprit() {
-                workers.push(worker_at(&job, rank, job.path("hidden.sock"), &hold).await);
+                workers.push(job.worker_at(rank, &job.path("hidden.sock"), &hold).await);
                 relay = Some(self.relay(&job).await);
             } else {
                 workers.push(job.worker(rank, &hold).await);
@@ -365,14 +365,6 @@ fn join_options(sender: &Job, token: &std::path::Path) -> Vec<String> {
     ]
     .map(str::to_owned)
     .to_vec()
-}
-
-async fn worker_at(job: &Job, rank: u32, socket: PathBuf, options: &[&str]) -> Process {
-    let program = Program::new(PROGRAM).arg("worker").arg("--uds").arg(socket);
-    let program = program.args(["--rank", &rank.to_string(), "--exit-with-parent"]).args(options);
-    let mut process = program.env("CKPT_RUNTIME_DIR", job.runtime_dir()).spawn();
-    process.stdout_line("listens on").await;
-    process
 }
 
 /// `ok`, or what went wrong.

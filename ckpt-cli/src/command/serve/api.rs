@@ -23,6 +23,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use super::{
     actor::{Order, Queued},
     body::{self, FilesBody, UpdateBody},
+    metrics,
     paths::AllowedPaths,
     view::View,
 };
@@ -64,6 +65,7 @@ pub(super) fn router(app: Arc<App>) -> Router {
         .route("/v1/checkpoints/{name}/update", post(update))
         .route("/v1/healthz", get(async || StatusCode::OK))
         .route("/v1/status", get(status))
+        .route("/metrics", get(metrics))
         .layer(DefaultBodyLimit::max(BODY_BYTES))
         .route("/v1/metas", metas)
         .layer(middleware::from_fn_with_state(app.clone(), authorize))
@@ -279,6 +281,22 @@ async fn status(State(app): State<Arc<App>>) -> Response {
         status.extend(more);
     }
     Json(status).into_response()
+}
+
+async fn metrics(State(app): State<Arc<App>>) -> Response {
+    let hub = match app.job.hub() {
+        Some(hub) => hub.status().await.ok(),
+        None => None,
+    };
+    let gauges = metrics::Gauges {
+        rank: app.job.cluster.rank,
+        pool: app.pool.counters(),
+        device_free_bytes: app.device.free_memory_bytes().ok(),
+        lease_is_valid: app.job.session.lease_is_valid(),
+        ranks_connected: hub.map(|hub| hub.ranks.iter().filter(|rank| rank.connected).count()),
+    };
+    let text = metrics::text(&app.view.lock(), &gauges);
+    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response()
 }
 
 /// What the worker has: the actor's own record, and what the hub has told since.

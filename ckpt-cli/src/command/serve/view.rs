@@ -28,6 +28,7 @@ pub(super) struct State {
     /// Sets of metas ever gathered or loaded.
     pub(super) metas_seen: u64,
     pub(super) updates: u64,
+    pub(super) totals: Totals,
     pub(super) installed: Option<Installed>,
     /// The version that is kept for going back to it.
     pub(super) kept: Option<Version>,
@@ -60,7 +61,7 @@ pub(super) enum Doing {
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Held {
     tensors: usize,
-    tensor_bytes: u64,
+    pub(super) tensor_bytes: u64,
     copied_bytes: u64,
     in_place_bytes: u64,
     load_s: f64,
@@ -95,6 +96,51 @@ pub(super) struct Installed {
     pub(super) version: Version,
 }
 
+/// Sums over all updates of this process.
+#[derive(Debug, Default)]
+pub(super) struct Totals {
+    pub(super) committed: u64,
+    /// Failures by the name of their kind.
+    pub(super) failed: BTreeMap<String, u64>,
+    pub(super) stages: Stages,
+    pub(super) tensor_bytes: u64,
+    pub(super) rooted_bytes: u64,
+    pub(super) buckets: u64,
+    /// Of the last update.
+    pub(super) ring_bytes: u64,
+}
+
+impl Totals {
+    fn add(&mut self, result: &Result<UpdateReport>) {
+        let report = match result {
+            Ok(report) => report,
+            Err(error) => {
+                let kind = serde_json::to_value(error.kind()).ok();
+                let kind = kind.as_ref().and_then(|kind| kind.as_str()).unwrap_or("unknown").to_owned();
+                *self.failed.entry(kind).or_default() += 1;
+                return;
+            }
+        };
+        self.committed += 1;
+        self.tensor_bytes += report.tensor_bytes;
+        self.rooted_bytes += report.rooted_bytes;
+        self.buckets += report.buckets;
+        self.ring_bytes = report.ring_bytes;
+        let (sum, one) = (&mut self.stages, &report.stages);
+        for (sum, one) in [
+            (&mut sum.join_s, one.join_s),
+            (&mut sum.prepare_s, one.prepare_s),
+            (&mut sum.transfer_s, one.transfer_s),
+            (&mut sum.commit_s, one.commit_s),
+            (&mut sum.release_s, one.release_s),
+            (&mut sum.post_hook_s, one.post_hook_s),
+            (&mut sum.total_s, one.total_s),
+        ] {
+            *sum += one;
+        }
+    }
+}
+
 /// How the last update went here.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct LastUpdate {
@@ -124,6 +170,7 @@ impl View {
         };
         let report = result.as_ref().ok();
         state.updates += 1;
+        state.totals.add(result);
         if report.is_some() {
             state.installed = Some(Installed { checkpoint: checkpoint.clone(), version });
         }

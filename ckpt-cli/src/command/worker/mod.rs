@@ -113,6 +113,12 @@ pub(crate) async fn run(args: WorkerArgs, context: &Context) -> anyhow::Result<E
     let devices = places.iter().map(open).collect::<Result<Vec<_>>>()?;
     let uuids: Vec<String> = devices.iter().map(|device| device.uuid().to_owned()).collect();
     let engine = Arc::new(Engine::new(devices, args.dump.clone(), timeout, args.faults));
+    if args.uds.is_none() && !args.listen.ip().is_loopback() {
+        return Err(invalid(
+            "it has no token and takes requests of this host only; listen on 127.0.0.1 or --uds".into(),
+        )
+        .into());
+    }
     let listener = match &args.uds {
         Some(path) => Listener::unix(path)?,
         None => Listener::tcp(args.listen).await?,
@@ -132,7 +138,7 @@ pub(crate) async fn run(args: WorkerArgs, context: &Context) -> anyhow::Result<E
             engine.end(Instant::now() + GRACE).await;
         }
     });
-    server.await?;
+    server.await;
     let (updates, failures) = engine.counts();
     context.output.object(&Ended { address, updates, failures })?;
     Ok(Exit::Success.into())

@@ -65,6 +65,9 @@ pub(crate) struct BenchUpdateArgs {
     /// How bytes reach other ranks
     #[arg(long, default_value = "auto", value_name = "NAME")]
     transport: String,
+    /// Keep the device buffer between updates
+    #[arg(long)]
+    keep_ring: bool,
     /// Aim at buckets of this size
     #[arg(long, value_name = "MIB")]
     bucket_mib: Option<u64>,
@@ -304,6 +307,9 @@ fn rank_line(args: &BenchUpdateArgs, scratch: &Path) -> Vec<String> {
         ("html", args.files.html.as_ref().map(|file| file.display().to_string())),
     ];
     optional.into_iter().for_each(|(name, value)| value.into_iter().for_each(|value| tell(name, value)));
+    if args.keep_ring {
+        line.push("--keep-ring".to_owned());
+    }
     line
 }
 
