@@ -10,6 +10,7 @@ mod ascend_worker;
 mod command;
 #[cfg(feature = "nccl")]
 mod cuda_worker;
+mod deadlines;
 mod exit;
 mod failure;
 mod job;
@@ -19,6 +20,7 @@ mod logging;
 mod machine;
 mod output;
 mod picture;
+mod policy;
 mod progress;
 
 use std::{
@@ -40,9 +42,10 @@ pub use output::{Output, Table, format_bytes};
 
 /// Everything that this build can use, in the order in which `auto` tries it. The only place with feature switches.
 ///
-/// Devices: cuda, ascend, host. Transports: cuda, cuda-ipc, nccl, hccl, rdma, ucx, mooncake, local, tcp. Accelerators come before the
-/// host, native transports before portable ones; `local` refuses ranks in other processes, so `tcp` is the last resort
-/// that always works.
+/// Devices: cuda, ascend, host. Transports: cuda, cuda-ipc, nccl, hccl, rdma, mooncake, local, tcp, ucx. Accelerators
+/// come before the host, native transports before portable ones; `local` refuses ranks in other processes, so `tcp` is the
+/// last resort that always works. `ucx` stands behind it: its library is on many machines that nobody has set up for it,
+/// so it is used where it is asked for.
 pub fn registry() -> Registry {
     registry_in(&|name| std::env::var(name).ok())
 }
@@ -60,11 +63,6 @@ pub(crate) fn registry_in(env: &dyn Fn(&str) -> Option<String>) -> Registry {
         use ckpt_transport_rdma::{RdmaConfig, RdmaProvider};
         registry.add_transport(RdmaProvider::new(RdmaConfig::from_env(env)));
     }
-    #[cfg(feature = "ucx")]
-    {
-        use ckpt_transport_rdma::{RdmaConfig, UcxProvider};
-        registry.add_transport(UcxProvider::new(RdmaConfig::from_env(env)));
-    }
     #[cfg(feature = "mooncake")]
     {
         use ckpt_transport_mooncake::{MooncakeConfig, MooncakeProvider};
@@ -73,6 +71,11 @@ pub(crate) fn registry_in(env: &dyn Fn(&str) -> Option<String>) -> Registry {
     registry.add_device(HostProvider);
     registry.add_transport(LocalProvider::default());
     registry.add_transport(TcpProvider);
+    #[cfg(feature = "ucx")]
+    {
+        use ckpt_transport_rdma::{RdmaConfig, UcxProvider};
+        registry.add_transport(UcxProvider::new(RdmaConfig::from_env(env)));
+    }
     registry
 }
 
@@ -210,11 +213,76 @@ mod tests {
         }
     }
 
+    /// The commands in the code blocks of the book and the README, as words. What a shell would make of them is cut off.
+    fn documented(page: &str) -> Vec<Vec<String>> {
+        let mut commands = Vec::new();
+        let blocks = page.split("\n```sh").skip(1).filter_map(|rest| rest.split("\n```").next());
+        for line in
+            blocks.flat_map(|block| block.replace("\\\n", " ").lines().map(str::to_owned).collect::<Vec<_>>())
+        {
+            let mut words: Vec<String> = Vec::new();
+            let mut rest = line.as_str();
+            // Words, single quotes kept together.
+            while let Some(start) = rest.find(|c: char| !c.is_whitespace()) {
+                rest = &rest[start..];
+                let quoted = rest.strip_prefix('\'');
+                let end = match quoted {
+                    Some(inside) => inside.find('\'').unwrap_or(inside.len()),
+                    None => rest.find(char::is_whitespace).unwrap_or(rest.len()),
+                };
+                let word = quoted.unwrap_or(rest)[..end].to_owned();
+                rest = &rest[(end + if quoted.is_some() { 2 } else { 0 }).min(rest.len())..];
+                if ["|", ">", "&", "#", "&&"].contains(&word.as_str()) {
+                    break;
+                }
+                words.push(word);
+            }
+            // `ckpt launch -- ckpt update` is two.
+            for part in words.split(|word| word == "--") {
+                let Some(at) = part.iter().position(|word| word == "ckpt") else { continue };
+                let before = &part[..at];
+                let wrapped =
+                    before.iter().any(|word| ["torchrun", "srun", "mpirun"].contains(&word.as_str()));
+                if wrapped || before.iter().all(|word| word.contains('=')) {
+                    commands.push(part[at..].to_vec());
+                }
+            }
+        }
+        commands
+    }
+
+    #[test]
+    fn documented_commands_are_commands() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let pages = std::fs::read_dir(root.join("docs")).unwrap().map(|entry| entry.unwrap().path());
+        let pages = pages.filter(|path| path.extension().is_some_and(|extension| extension == "md"));
+        let mut count = 0;
+        for page in pages.chain([root.join("README.md")]) {
+            let text = std::fs::read_to_string(&page).unwrap().replace("\n```\n", "\n```sh\n");
+            for mut words in documented(&text) {
+                if words.get(1).is_some_and(|word| word == "launch") {
+                    words.extend(["--".to_owned(), "true".to_owned()]);
+                }
+                if let Err(error) = Cli::try_parse_from(&words) {
+                    let fine = [clap::error::ErrorKind::DisplayHelp, clap::error::ErrorKind::DisplayVersion];
+                    assert!(
+                        fine.contains(&error.kind()),
+                        "{}: `{}`: {error}",
+                        page.display(),
+                        words.join(" ")
+                    );
+                }
+                count += 1;
+            }
+        }
+        assert!(count > 30, "only {count} commands were found");
+    }
+
     #[test]
     fn native_transports_come_first_and_names_are_unique() {
         let registry = registry();
         let names: Vec<_> = registry.transports().map(|t| t.name()).collect();
-        let order = ["cuda", "cuda-ipc", "nccl", "hccl", "rdma", "ucx", "mooncake", "local", "tcp"];
+        let order = ["cuda", "cuda-ipc", "nccl", "hccl", "rdma", "mooncake", "local", "tcp", "ucx"];
         let expected: Vec<_> = order.into_iter().filter(|name| names.contains(name)).collect();
         assert_eq!(names, expected);
         let devices: Vec<_> = registry.devices().map(|d| d.kind()).collect();

@@ -10,6 +10,7 @@
 
 use std::{
     io::{BufRead, BufReader, Write},
+    path::Path,
     process::{Child, ChildStdin, Command, Stdio},
     sync::Arc,
     time::{Duration, Instant},
@@ -22,13 +23,14 @@ use ckpt_core::{
     device::{
         Buffer, BufferSlice, DeviceBackend, DeviceProvider, Event, RingExport, Stream as _, host::HostBuffer,
     },
+    topology::numa,
     transport::{
         CollectiveOp, Communicator, GroupSpec, Probe, Transport, TransportConfig, TransportProvider,
     },
 };
 use ckpt_transport_nccl::{
     NcclConfig, NcclProvider,
-    device::{CopyBatch, CudaDevice, CudaProvider, DriverCell, bind_current_thread},
+    device::{CopyBatch, CudaDevice, CudaProvider, DriverCell},
 };
 use clap::Parser;
 
@@ -230,7 +232,10 @@ impl Rank {
         let driver = DriverCell::default();
         let device = Arc::new(CudaProvider::new(driver.clone()).open_cuda(rank)?);
         let info = device.info().clone();
-        let bound = info.numa_node.map(bind_current_thread).transpose()?.unwrap_or(false);
+        let bound = match info.numa_node {
+            Some(node) => numa::bind_process(Path::new(numa::SYSFS), node)?.is_some(),
+            None => false,
+        };
         eprintln!(
             "rank {rank}: {info:?}, threads bound to the node: {bound}, {} B free",
             device.free_memory_bytes()?

@@ -144,7 +144,7 @@ async fn plans_are_compared_and_failures_simulated() {
         "worker-hangs:0",
         "engine-fails:0",
     ] {
-        let program = ckpt!("plan", "--shape", "qwen:64", "--cluster", "1x8-h800", "--json");
+        let program = ckpt!("plan", "--shape", "qwen:2048", "--cluster", "1x8-h800", "--json");
         let report = program.args(["--simulate-failure", what]).finish().await.expect_code(0).json();
         let failure = &report["failure"];
         assert_eq!(failure["committed"], 0, "{what}: {failure}");

@@ -80,6 +80,7 @@ for ranks in $(seq 1 "$most"); do
 done
 if [ "$most" = 2 ]; then
     # `auto` copies over CUDA IPC between the GPUs of one host; the same with NCCL's kernels.
+    ours ours_native_kept_2 2 "$shape" native --keep-ring
     for kind in native ce none; do
         more=(--transport nccl)
         [ $kind = ce ] && more+=("${ce[@]}")
@@ -93,6 +94,7 @@ if [ "$most" = 2 ]; then
     done
 fi
 ours kimi_native 1 kimi-small native
+ours kimi_native_kept 1 kimi-small native --keep-ring
 ours tiny_native 1 tiny:20000 native
 ours tiny_ce 1 tiny:20000 ce "${ce[@]}"
 run tiny_peer python3 "$here/peer_update.py" 1 --shape tiny:20000 --iterations "$iterations"

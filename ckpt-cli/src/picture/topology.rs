@@ -27,7 +27,7 @@ pub(crate) struct Node {
 }
 
 /// More nodes are told, not drawn.
-const NODES: usize = 8;
+const NODES: usize = 4;
 const NODE_HEIGHT: f64 = 118.0;
 
 fn sum(flows: &[Flow]) -> (u64, f64) {

@@ -35,6 +35,8 @@ pub enum Exchange {
     /// Each byte enters a node once, over all its NICs, and goes on from device to device: `nccl`.
     #[default]
     Tree,
+    /// The same by copy engines, without kernels that wait beside the workers: `cuda-ipc`, on one node.
+    Copy,
     /// The owner sends to each member over its own NIC: `tcp` and `local`.
     Star,
 }

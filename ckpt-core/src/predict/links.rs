@@ -126,7 +126,7 @@ impl<'a> Network<'a> {
             let least_own = members.iter().map(own).min().unwrap_or(0);
             let most_own = members.iter().map(own).max().unwrap_or(0);
             let (into_device, among) = match self.scenario.cluster.exchange {
-                Exchange::Tree => (total - least_own, count * total - rooted),
+                Exchange::Tree | Exchange::Copy => (total - least_own, count * total - rooted),
                 Exchange::Star => ((rooted - least_own).max(most_own * (count - 1)), rooted * (count - 1)),
             };
             if count > 1 {
@@ -134,7 +134,7 @@ impl<'a> Network<'a> {
             }
             if several {
                 worst = worst.max(match self.scenario.cluster.exchange {
-                    Exchange::Tree => {
+                    Exchange::Tree | Exchange::Copy => {
                         rooted.max(total - rooted) as f64 / (group.nic_rate() * f64::from(group.nics))
                     }
                     Exchange::Star => {
@@ -181,10 +181,10 @@ impl<'a> Network<'a> {
                 add(LinkKind::H2d, *node, slot.local, own);
                 let nic = slot.nic.unwrap_or(0);
                 match self.scenario.cluster.exchange {
-                    Exchange::Tree if self.member_count() > 1 => {
+                    Exchange::Tree | Exchange::Copy if self.member_count() > 1 => {
                         add(LinkKind::DeviceIn, *node, slot.local, total - own);
                     }
-                    Exchange::Tree => {}
+                    Exchange::Tree | Exchange::Copy => {}
                     Exchange::Star => {
                         add(LinkKind::DeviceIn, *node, slot.local, of_node - own);
                         if several {
@@ -194,7 +194,7 @@ impl<'a> Network<'a> {
                     }
                 }
             }
-            if several && self.scenario.cluster.exchange == Exchange::Tree {
+            if several && self.scenario.cluster.exchange != Exchange::Star {
                 for nic in 0..group.nics {
                     add(LinkKind::NicOut, *node, nic, of_node / u64::from(group.nics));
                     add(LinkKind::NicIn, *node, nic, (total - of_node) / u64::from(group.nics));

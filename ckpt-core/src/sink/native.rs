@@ -30,12 +30,13 @@ use crate::{
 const LATE: Duration = Duration::from_secs(1);
 /// Tensors of one layout frame.
 const LAYOUT_CHUNK: usize = 16_384;
+pub(super) const FILE_KIND: &str = "native";
 
 /// What makes a [`NativeSink`] faster or stricter than the plain one of `Default`.
 #[derive(Clone, Debug, Default)]
 pub struct NativeSinkConfig {
-    /// The ring's number if its owner keeps it between updates: the worker then keeps its mapping too, until another
-    /// number comes. A number must never be used for two rings of one process.
+    /// The ring's number if its owner keeps it between updates and [`Ring::kept`] does not say so itself: the worker then
+    /// keeps its mapping too, until another number comes. A number must never be used for two rings of one process.
     pub kept_ring: Option<u64>,
     /// All tensors; the worker is told once, and buckets refer to them by index.
     pub layout: Option<Arc<Layout>>,
@@ -73,7 +74,7 @@ impl NativeSink {
     pub fn bind(runtime_dir: &Path, uuid: &str, config: NativeSinkConfig) -> Result<Self> {
         let protocol = NativeProtocol { uuid: uuid.to_owned() };
         let gate =
-            Gate::bind(runtime_dir, "native", uuid, protocol).map_err(|e| e.with(Key::Worker, uuid))?;
+            Gate::bind(runtime_dir, FILE_KIND, uuid, protocol).map_err(|e| e.with(Key::Worker, uuid))?;
         let endpoint = format!("{}{}", crate::worker::ENDPOINT_SCHEME, gate.path().display());
         Ok(Self {
             uuid: uuid.to_owned(),
@@ -301,6 +302,7 @@ impl WeightSink for NativeSink {
     async fn open(&mut self, ring: &dyn Ring, deadline: Instant) -> Result<()> {
         self.expect(Stage::Bound, "open the ring")?;
         self.connected(deadline).await?;
+        self.config.kept_ring = self.config.kept_ring.or(ring.kept());
         let Some(peer) = &self.peer else {
             return Err(self.error(ErrorKind::Internal, "open the ring", "no worker is connected"));
         };

@@ -3,7 +3,7 @@
 //!
 //! [`SimCluster`] runs real update machines and a real hub over modelled rings, links, workers and engines, with one
 //! injected fault, and checks the laws of `docs/ARCHITECTURE.md` at every step. [`explore`] visits every interleaving
-//! of a small cluster. Nothing here is meant for production code.
+//! of a small cluster. Nothing here is meant for production code, except that `ckpt plan` simulates failures with it.
 
 pub mod conformance;
 mod explore;

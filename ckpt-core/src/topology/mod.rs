@@ -2,6 +2,7 @@
 
 mod choose;
 mod nccl_ib_hca;
+pub mod numa;
 mod record;
 mod select;
 mod sysfs;

@@ -74,6 +74,31 @@ async fn a_worker_raises(kind: Kind, adversary: Option<u64>, at: At) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kept_ring_serves_the_next_updates_until_one_fails() {
+    let (mut cluster, mut workers, source) = prepared(Setup::new(Kind::Local, Some(3), RANKS)).await;
+    for rank in &mut cluster.ranks {
+        rank.server.keep_ring(true);
+        rank.watch.kept_rings.store(1, Ordering::SeqCst);
+    }
+    let made = |cluster: &Cluster| -> Vec<usize> {
+        cluster.ranks.iter().map(|r| r.watch.made_rings.load(Ordering::SeqCst)).collect()
+    };
+    for version in 1..4 {
+        cluster.update_well("model", version, &source).await;
+        assert_eq!(made(&cluster), [1; 3]);
+    }
+    assert_rings(&mut cluster, [1; 3]).await;
+    workers[VICTIM as usize].fault = Fault::Raise(At::Bucket(2));
+    let sinks = workers.iter().map(|w| Some(w.sink())).collect();
+    errors(cluster.update("model", 4, sinks, None).await);
+    assert_rings(&mut cluster, [0; 3]).await;
+    cluster.update_well("model", 5, &source).await;
+    assert_eq!(made(&cluster), [2; 3]);
+    cluster.ranks.iter_mut().for_each(|r| r.server.keep_ring(false));
+    assert_rings(&mut cluster, [0; 3]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_raises_fails_the_update_everywhere() {
     let stages = [At::Open, At::Bucket(0), At::Bucket(7), At::Release, At::Finish];
     let each = KINDS.into_iter().flat_map(|kind| stages.map(move |at| a_worker_raises(kind, None, at)));

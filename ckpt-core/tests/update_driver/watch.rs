@@ -25,6 +25,10 @@ use tokio::sync::watch;
 pub struct Watched {
     /// Ring memory that exists.
     pub live_rings: Arc<AtomicUsize>,
+    /// Ring memory that ever existed.
+    pub made_rings: AtomicUsize,
+    /// Rings that may live on in a post hook.
+    pub kept_rings: AtomicUsize,
     /// Groups joined.
     pub joins: AtomicU64,
     /// Exchanges enqueued, since the start.
@@ -65,6 +69,7 @@ impl DeviceBackend for WatchedDevice {
         let ring = self.device.allocate_ring(len_bytes)?;
         let live = self.watch.live_rings.clone();
         live.fetch_add(1, Ordering::SeqCst);
+        self.watch.made_rings.fetch_add(1, Ordering::SeqCst);
         let memory = Arc::new(WatchedMemory { memory: ring.buffer(), live });
         Ok(Arc::new(WatchedRing { ring, memory }))
     }

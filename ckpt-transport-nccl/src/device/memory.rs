@@ -1,13 +1,20 @@
 //! Device memory, pinned host memory and mappings of another process's device memory.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    os::fd::{FromRawFd, OwnedFd},
+    sync::Arc,
+};
 
 use ckpt_core::{
     Error, ErrorKind, Result,
     device::{Buffer, MemoryKind},
 };
 
-use super::driver::{Context, Functions, IpcHandle};
+use super::{
+    driver::{Context, Functions, IpcHandle},
+    loans,
+};
 use crate::error::{CUDA_INVALID_VALUE, CUDA_NOT_SUPPORTED};
 
 /// Allocations are rounded up to this: smaller ones share a block, and a block is what is exported.
@@ -76,7 +83,7 @@ impl DeviceMemory {
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
         // Other processes may have it mapped: then it is freed once they have let go.
-        self.block.context.driver.loans.give_back(&self.block);
+        loans::give_back(&self.block);
     }
 }
 
@@ -112,6 +119,20 @@ unsafe impl Buffer for DeviceMemory {
 
     fn memory(&self) -> MemoryKind {
         MemoryKind::Device
+    }
+
+    fn dma_buf(&self) -> Option<Result<OwnedFd>> {
+        const DMA_BUF_FD: i32 = 1;
+        let context = self.context();
+        // A driver before 11.7 has no such export.
+        let export = context.driver.functions.dma_buf?;
+        let (address, len) = (self.address(), self.len_bytes as usize);
+        let mut fd = -1;
+        // SAFETY: writes one descriptor; the range is a live block whose ends are multiples of 2 MiB.
+        let exported =
+            context.run("export a dma-buf", |_| unsafe { export(&mut fd, address, len, DMA_BUF_FD, 0) });
+        // SAFETY: the driver has just opened it for us.
+        Some(exported.map(|()| unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 }
 

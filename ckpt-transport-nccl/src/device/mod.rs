@@ -7,9 +7,8 @@
 mod batch;
 mod driver;
 mod event;
-mod loans;
+pub(crate) mod loans;
 pub(crate) mod memory;
-mod numa;
 mod pieces;
 mod ring;
 mod stream;
@@ -26,6 +25,7 @@ use ckpt_core::{
     device::{
         Buffer, DeviceBackend, DeviceConfig, DeviceInfo, DeviceProvider, MemoryKind, Ring, RingExport, Stream,
     },
+    topology::numa,
     transport::Probe,
 };
 
@@ -36,7 +36,6 @@ pub use driver::{Driver, DriverCell};
 pub(crate) use driver::{Functions, IpcHandle};
 pub use event::{CudaEvent, RawEvent};
 pub(crate) use memory::DeviceMemory;
-pub use numa::bind_current_thread;
 pub use pieces::{HostTime, PieceCopier};
 pub use ring::CudaRing;
 pub use stream::CudaStream;
@@ -126,7 +125,7 @@ fn describe(driver: &Driver, ordinal: u32) -> Result<(DeviceInfo, i32)> {
         // SAFETY: as for the name.
         normalize_pci(&unsafe { CStr::from_ptr(text.as_ptr()) }.to_string_lossy())
     });
-    let numa_node = pci_address.as_deref().and_then(|address| numa::node_of(Path::new("/sys"), address));
+    let numa_node = pci_address.as_deref().and_then(|address| numa::node_of(Path::new(numa::SYSFS), address));
     Ok((DeviceInfo { uuid: format_uuid(&uuid), name, pci_address, numa_node }, device))
 }
 
@@ -235,6 +234,12 @@ impl DeviceBackend for CudaDevice {
             MemoryKind::HostPinned => Ok(memory),
             _ => Ok(Arc::new(self.on_this_device(memory::PinnedMemory::register(&self.context, memory))?)),
         }
+    }
+
+    fn with_current(&self, call: &mut dyn FnMut()) -> Result<()> {
+        let _bound = self.on_this_device(self.context.bind())?;
+        call();
+        Ok(())
     }
 
     fn flush_remote_writes(&self) -> Result<()> {

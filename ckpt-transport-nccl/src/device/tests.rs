@@ -307,6 +307,17 @@ fn a_ring_is_exported_and_freed_with_its_last_slice() {
     );
 }
 
+#[test]
+fn a_ring_becomes_a_dma_buf_where_the_driver_can() {
+    let ring = |device: CudaDevice, len_bytes| device.cuda_ring(len_bytes).unwrap().buffer();
+    let exported = ring(fake::device_with_dma_buf(0), 3 << 20).dma_buf().unwrap();
+    let file = std::fs::File::from(exported.unwrap());
+    assert_eq!(file.metadata().unwrap().len(), 4 << 20, "the whole block");
+    assert!(ring(fake::device(0), 1).dma_buf().is_none(), "a driver before 11.7");
+    let error = ring(fake::device_with_dma_buf(801), 1).dma_buf().unwrap().unwrap_err();
+    assert_eq!((error.kind(), error.operation()), (ErrorKind::Unsupported, "export a dma-buf"));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
     #[test]

@@ -445,6 +445,29 @@ unsafe extern "C" fn launch(
     })
 }
 
+/// `cuMemGetHandleForAddressRange` of a whole block, as a file of its length.
+pub(super) unsafe extern "C" fn dma_buf(
+    fd: *mut i32,
+    address: u64,
+    len: usize,
+    kind: i32,
+    flags: u64,
+) -> i32 {
+    if world().device.get(&address) != Some(&(len as u64)) || (kind, flags) != (1, 0) {
+        return INVALID_VALUE;
+    }
+    let file = rustix::fs::memfd_create("dma-buf", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, len as u64).unwrap();
+    // SAFETY: the caller gives room for one descriptor, which it then owns.
+    unsafe { *fd = std::os::fd::IntoRawFd::into_raw_fd(file) };
+    0
+}
+
+/// `CUDA_ERROR_NOT_SUPPORTED`, as where the kernel's driver is without it.
+pub(super) unsafe extern "C" fn dma_buf_refused(_: *mut i32, _: u64, _: usize, _: i32, _: u64) -> i32 {
+    801
+}
+
 /// The table.
 pub(super) fn functions() -> Functions {
     Functions {

@@ -29,6 +29,13 @@ pub(crate) fn driver_without_ipc() -> Arc<Driver> {
     Driver::start(functions).unwrap()
 }
 
+/// The same with the export of dma-bufs, which a memory file stands for; the driver's refusal if `code` is not 0.
+pub(crate) fn device_with_dma_buf(code: i32) -> CudaDevice {
+    let mut functions = cuda::functions();
+    functions.dma_buf = Some(if code == 0 { cuda::dma_buf } else { cuda::dma_buf_refused });
+    CudaProvider::new(DriverCell::of(Driver::start(functions).unwrap())).open_cuda(0).unwrap()
+}
+
 /// A device of that driver.
 pub(crate) fn device(local_rank: u32) -> CudaDevice {
     CudaProvider::new(DriverCell::of(driver())).open_cuda(local_rank).unwrap()

@@ -37,7 +37,8 @@ impl FileArgs {
             draw(&mut page);
             page.heading("Machine");
             let mut about = Table::new(&["what", "value"]);
-            let libraries = machine.libraries.iter().map(|one| (one.name.as_str(), one.detail.clone()));
+            let libraries =
+                machine.libraries.iter().map(|one| ("found", format!("{}: {}", one.name, one.detail)));
             about.pairs(machine.columns().into_iter().chain(libraries));
             page.table(&about);
             page.write(file)?;

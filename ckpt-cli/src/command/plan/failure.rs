@@ -140,8 +140,12 @@ pub(super) fn simulate(failure: Failure, source: &Source, made: &Made) -> anyhow
         message: Duration::from_secs_f64(cluster.latency.message_us / 1e6),
         ..Costs::default()
     };
-    let healthy = run(config.clone())?.makespan;
-    let at = healthy * failure.percent / 100;
+    let undisturbed = run(config.clone())?;
+    let healthy = undisturbed.makespan;
+    // Of the time in which bytes move.
+    let first = undisturbed.spans.iter().map(|span| span.start).min().unwrap_or_default();
+    let last = undisturbed.spans.iter().map(|span| span.end).max().unwrap_or_default();
+    let at = first + last.saturating_sub(first) * failure.percent / 100;
     let bucket = WorkerStep::Bucket((buckets as u64 * u64::from(failure.percent) / 100) as u32);
     let fault = match failure.what {
         What::Hub => Fault::HubDies { fin: true },

@@ -140,9 +140,9 @@ impl Made {
         let (s, p) = (&self.summary, &self.prediction);
         let bound = p.bound;
         let by = [
-            (bound.h2d_s, "host to device"),
-            (bound.link_s, "between devices"),
-            (bound.nic_s, "NICs"),
+            (bound.h2d_s, "the links from host to device"),
+            (bound.link_s, "the links between devices"),
+            (bound.nic_s, "the NICs"),
             (bound.copy_s, "the workers' copies"),
         ];
         let by = by.into_iter().max_by(|a, b| a.0.total_cmp(&b.0)).map_or("", |(_, name)| name);

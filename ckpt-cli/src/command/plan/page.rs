@@ -1,6 +1,9 @@
 //! The plan as a picture: the cluster and its flows, the timeline, bandwidth, bucket times.
 
-use std::{collections::BTreeMap, fmt::Write as _, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use anyhow::Context as _;
 use ckpt_core::predict::{LinkKind, Span, Step};
@@ -126,10 +129,20 @@ fn flows(made: &Made) -> String {
 /// Writes the timeline as a Chrome trace: a process per device, a thread per step.
 pub(super) fn write_trace(made: &Made, file: &Path) -> anyhow::Result<()> {
     let mut events = Vec::new();
+    let slots: BTreeSet<u32> = made.prediction.spans.iter().map(|span| span.slot).collect();
+    for slot in slots {
+        let name = json!({ "name": format!("device {slot}") });
+        events.push(json!({ "ph": "M", "name": "process_name", "pid": slot, "args": name }));
+        for step in [Step::Load, Step::Pull, Step::Exchange, Step::Reload] {
+            let name = json!({ "name": kind(step).label() });
+            events.push(
+                json!({ "ph": "M", "name": "thread_name", "pid": slot, "tid": step as u32, "args": name }),
+            );
+        }
+    }
     for span in &made.prediction.spans {
         let step = kind(span.step).label();
-        let mut name = String::new();
-        let _ = write!(name, "{step} {}", span.bucket);
+        let name = format!("{step} {}", span.bucket);
         events.push(json!({
             "ph": "X", "name": name, "cat": step, "pid": span.slot, "tid": span.step as u32,
             "ts": span.start_s * 1e6, "dur": (span.end_s - span.start_s) * 1e6, "args": { "bytes": span.bytes },

@@ -92,3 +92,17 @@ pub(super) fn table(rows: &[PublishedRow]) -> Table {
     }
     table
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_row_names_a_known_model_and_cluster() {
+        for (_, shape, cluster, broadcast, p2p) in PUBLISHED {
+            shape.parse::<Shape>().unwrap();
+            assert!(clusters::load(cluster).unwrap().devices() >= 8);
+            assert!(broadcast < p2p);
+        }
+    }
+}
