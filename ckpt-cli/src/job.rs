@@ -13,7 +13,7 @@ use ckpt_core::{
     control::{self, JobOptions},
     deadlines::Deadlines,
     device::runtime_dir,
-    layer::ChaosConfig,
+    layer::{Chaos, ChaosConfig},
     plan::PlanLimits,
     server::{OpenOptions, Opened, ParameterServer, open},
     topology::numa,
@@ -134,11 +134,14 @@ impl Rank {
             reading,
             bind: args.bind,
             connections: usize::from(args.connections),
-            chaos: args.chaos.map(|seed| ChaosConfig { seed, ..CHAOS }),
             limits,
         };
         let Opened { job, mut server, transport } = open(options, registry).await?;
         server.keep_ring(args.keep_ring);
+        if let Some(seed) = args.chaos {
+            let seed = seed ^ (u64::from(job.cluster.rank) << 32);
+            server = server.with_layer(|inner| Chaos::wrap(inner, ChaosConfig { seed, ..CHAOS }));
+        }
         if let Some(node) = server.device().info().numa_node.filter(|_| !args.no_numa) {
             match numa::bind_process(Path::new(numa::SYSFS), node) {
                 Ok(Some(cpus)) => tracing::info!(node, cpus, "keeps to the NUMA node of its device"),

@@ -280,7 +280,7 @@ mod tests {
     fn native_transports_come_first_and_names_are_unique() {
         let registry = registry();
         let names: Vec<_> = registry.transports().map(|t| t.name()).collect();
-        let order = ["cuda", "cuda-ipc", "nccl", "hccl", "rdma", "ucx", "mooncake", "local", "tcp"];
+        let order = ["cuda", "cuda-ipc", "nccl", "hccl", "rdma", "mooncake", "local", "tcp", "ucx"];
         let expected: Vec<_> = order.into_iter().filter(|name| names.contains(name)).collect();
         assert_eq!(names, expected);
         let devices: Vec<_> = registry.devices().map(|d| d.kind()).collect();

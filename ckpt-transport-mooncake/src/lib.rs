@@ -54,9 +54,9 @@ impl MooncakeProvider {
         Self { config }
     }
 
-    fn find(&self) -> Result<(Found, Choice)> {
+    fn find(&self, pci_address: Option<&str>) -> Result<(Found, Choice)> {
         let found = library::find(&self.config)?;
-        let choice = protocol::choose(&self.config.settings, found.ascend_build)?;
+        let choice = protocol::choose(&self.config.settings, found.ascend_build, pci_address)?;
         Ok((found, choice))
     }
 }
@@ -85,7 +85,7 @@ impl TransportProvider for MooncakeProvider {
     }
 
     fn probe(&self) -> Probe {
-        match self.find() {
+        match self.find(None) {
             Ok((found, choice)) => Probe::Available(format!("{found}; uses {choice}")),
             Err(error) => Probe::Unavailable(error.message().to_owned()),
         }
@@ -99,7 +99,8 @@ impl TransportProvider for MooncakeProvider {
                 format!("peers cannot reach {}; bind the address of one interface", config.bind),
             ));
         }
-        let (found, choice) = self.find().map_err(|error| match error.kind() {
+        let accelerator = config.device.info().pci_address.clone();
+        let (found, choice) = self.find(accelerator.as_deref()).map_err(|error| match error.kind() {
             ErrorKind::Unavailable => unavailable("mooncake", error.message()),
             _ => error,
         })?;

@@ -6,10 +6,10 @@ use std::{fmt, fs, path::Path};
 
 use ckpt_core::{
     Result,
-    topology::{HcaPort, LinkLayer, PortState, choose_ports},
+    topology::{self, Accelerators, PciPath, read_hcas},
 };
 
-const CLASS: &str = "/sys/class/infiniband";
+const SYSFS: &str = "/sys";
 /// Amazon's PCI vendor: its NICs speak EFA.
 const AMAZON: &str = "0x1d0f";
 
@@ -44,7 +44,7 @@ impl Protocol {
 pub(crate) struct Choice {
     pub(crate) protocol: Protocol,
     pub(crate) why: &'static str,
-    /// NICs that the user asked for; empty: Mooncake takes those near the memory.
+    /// This rank's NICs; empty where nothing tells ranks apart: Mooncake takes those near the memory.
     pub(crate) nics: Vec<String>,
 }
 
@@ -78,10 +78,13 @@ pub(crate) struct Settings {
     pub(crate) force_hca: bool,
     /// `PS_P2P_STORE_RDMA_DEVICES` and `NCCL_IB_HCA`.
     pub(crate) nic_variables: Vec<(String, String)>,
+    /// `LOCAL_RANK` and `LOCAL_WORLD_SIZE`.
+    pub(crate) local_rank: Option<(u32, u32)>,
 }
 
 impl Settings {
     pub(crate) fn from_env(env: &dyn Fn(&str) -> Option<String>) -> Self {
+        let number = |name: &str| env(name)?.trim().parse().ok();
         let variable = |name: &str| env(name).filter(|v| !v.is_empty()).map(|v| (name.to_owned(), v));
         Self {
             // Mooncake only asks whether they are set.
@@ -91,16 +94,23 @@ impl Settings {
                 .into_iter()
                 .filter_map(variable)
                 .collect(),
+            local_rank: number("LOCAL_RANK").zip(number("LOCAL_WORLD_SIZE")),
         }
     }
 }
 
-/// Chooses for this machine. `ascend_build`: the library insists on its accelerator's transport.
-pub(crate) fn choose(settings: &Settings, ascend_build: bool) -> Result<Choice> {
-    choose_in(settings, ascend_build, Path::new(CLASS))
+/// Chooses for this machine and the rank whose accelerator is at `pci_address`. `ascend_build`: the library insists on its
+/// accelerator's transport.
+pub(crate) fn choose(settings: &Settings, ascend_build: bool, pci_address: Option<&str>) -> Result<Choice> {
+    choose_in(settings, ascend_build, pci_address, Path::new(SYSFS))
 }
 
-fn choose_in(settings: &Settings, ascend_build: bool, class: &Path) -> Result<Choice> {
+fn choose_in(
+    settings: &Settings,
+    ascend_build: bool,
+    pci_address: Option<&str>,
+    sysfs: &Path,
+) -> Result<Choice> {
     let choice = |protocol, why| Choice { protocol, why, nics: Vec::new() };
     if settings.force_tcp {
         return Ok(choice(Protocol::Tcp, "MC_FORCE_TCP is set"));
@@ -111,20 +121,28 @@ fn choose_in(settings: &Settings, ascend_build: bool, class: &Path) -> Result<Ch
             "the library is an Ascend build; MC_FORCE_TCP=1 makes it use tcp",
         ));
     }
-    let ports = ports_in(class);
-    if ports.is_empty() && !settings.force_hca {
+    let hcas = read_hcas(sysfs);
+    let usable = hcas.iter().any(|hca| !hca.ports.is_empty());
+    if !usable && !settings.force_hca {
         return Ok(choice(Protocol::Tcp, "no RDMA device"));
     }
-    let amazon = |port: &HcaPort| read(&class.join(&port.device).join("device/vendor")) == AMAZON;
-    if ports.iter().any(amazon) {
+    let vendor = |name: &str| read(&sysfs.join("class/infiniband").join(name).join("device/vendor"));
+    if hcas.iter().any(|hca| vendor(&hca.name) == AMAZON) {
         return Ok(choice(Protocol::Efa, "an EFA device"));
     }
     let mut chosen = choice(Protocol::Rdma, "an RDMA device");
-    if !settings.nic_variables.is_empty() {
+    let accelerator = pci_address.and_then(|address| PciPath::of_address(sysfs, address));
+    let numbering = settings.local_rank.map(|(local_rank, ranks)| Accelerators {
+        local_rank,
+        visible: ranks,
+        local_world_size: Some(ranks),
+    });
+    if usable && (!settings.nic_variables.is_empty() || accelerator.is_some() || numbering.is_some()) {
         let env = |name: &str| {
             settings.nic_variables.iter().find(|(n, _)| n == name).map(|(_, value)| value.clone())
         };
-        for port in choose_ports(&ports, &env)? {
+        // The same choice as that of the transport `rdma`.
+        for port in topology::choose(&hcas, accelerator.as_ref(), numbering, &env)?.ports {
             if !chosen.nics.contains(&port.device) {
                 chosen.nics.push(port.device);
             }
@@ -133,35 +151,8 @@ fn choose_in(settings: &Settings, ascend_build: bool, class: &Path) -> Result<Ch
     Ok(chosen)
 }
 
-fn ports_in(class: &Path) -> Vec<HcaPort> {
-    let mut found = Vec::new();
-    for device in names(class) {
-        let folder = class.join(&device).join("ports");
-        for name in names(&folder) {
-            let Ok(port) = name.parse() else { continue };
-            // The file says "4: ACTIVE".
-            let active = read(&folder.join(&name).join("state")).ends_with("ACTIVE");
-            let link_layer = match read(&folder.join(&name).join("link_layer")).as_str() {
-                "InfiniBand" => LinkLayer::InfiniBand,
-                "Ethernet" => LinkLayer::Ethernet,
-                _ => LinkLayer::Other,
-            };
-            let state = if active { PortState::Active } else { PortState::Other };
-            found.push(HcaPort { device: device.clone(), port, state, link_layer });
-        }
-    }
-    found
-}
-
 fn read(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_default().trim().to_owned()
-}
-
-fn names(folder: &Path) -> Vec<String> {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
-    names.sort();
-    names
 }
 
 #[cfg(test)]
@@ -169,16 +160,17 @@ mod tests {
     use super::*;
 
     fn machine(devices: &[(&str, &str)]) -> tempfile::TempDir {
-        let class = tempfile::tempdir().unwrap();
+        let sysfs = tempfile::tempdir().unwrap();
         for (name, vendor) in devices {
-            let port = class.path().join(name).join("ports/1");
+            let folder = sysfs.path().join("class/infiniband").join(name);
+            let port = folder.join("ports/1");
             fs::create_dir_all(&port).unwrap();
-            fs::create_dir_all(class.path().join(name).join("device")).unwrap();
-            fs::write(class.path().join(name).join("device/vendor"), format!("{vendor}\n")).unwrap();
+            fs::create_dir_all(folder.join("device")).unwrap();
+            fs::write(folder.join("device/vendor"), format!("{vendor}\n")).unwrap();
             fs::write(port.join("state"), "4: ACTIVE\n").unwrap();
             fs::write(port.join("link_layer"), "Ethernet\n").unwrap();
         }
-        class
+        sysfs
     }
 
     #[test]
@@ -188,9 +180,9 @@ mod tests {
             machine(&[("mlx5_0", "0x15b3"), ("mlx5_1", "0x15b3")]),
             machine(&[("efa_0", AMAZON)]),
         );
-        let chosen = |variables: &[(&str, &str)], ascend, class: &tempfile::TempDir| {
+        let chosen = |variables: &[(&str, &str)], ascend, sysfs: &tempfile::TempDir| {
             let env = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned());
-            choose_in(&Settings::from_env(&env), ascend, class.path())
+            choose_in(&Settings::from_env(&env), ascend, None, sysfs.path())
         };
         assert_eq!(chosen(&[], false, &none).unwrap().protocol, Protocol::Tcp);
         assert_eq!(chosen(&[("MC_FORCE_HCA", "1")], false, &none).unwrap().protocol, Protocol::Rdma);
@@ -204,6 +196,8 @@ mod tests {
         let one = chosen(&[("NCCL_IB_HCA", "=mlx5_1")], false, &mellanox).unwrap();
         assert_eq!(one.matrix().unwrap(), r#"{"cpu:0": [["mlx5_1"], []]}"#);
         assert_eq!(one.to_string(), "rdma (an RDMA device) over mlx5_1");
+        let shared = chosen(&[("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")], false, &mellanox).unwrap();
+        assert_eq!(shared.nics, ["mlx5_1"], "ranks of a host share its NICs out");
         let error = chosen(&[("PS_P2P_STORE_RDMA_DEVICES", "mlx5_9")], false, &mellanox).unwrap_err();
         assert!(error.message().contains("mlx5_9"), "{error}");
     }

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, AtomicUsize, Ordering},
     },
 };
@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     lane::{Lane, Piece},
     memory::Claim,
+    nic::Nic,
     node::{Node, Peer},
     owner::{path, tune},
     pair::pairs,
@@ -37,6 +38,7 @@ pub(crate) struct Connection {
     pub(crate) lost: CancellationToken,
     writer: tokio::sync::Mutex<OwnedWriteHalf>,
     waiting: Waiting,
+    known: Arc<Known>,
     number: AtomicU32,
     turn: AtomicUsize,
     listening: AbortHandle,
@@ -71,12 +73,15 @@ impl Connection {
         let (reader, writer) = stream.into_split();
         let (waiting, lost): (Waiting, _) =
             (Arc::new(Mutex::new(Some(HashMap::new()))), CancellationToken::new());
-        let listening = tokio::spawn(listen(reader, waiting.clone(), lost.clone())).abort_handle();
+        let known = Arc::new(Known::default());
+        let listening =
+            tokio::spawn(listen(reader, waiting.clone(), known.clone(), lost.clone())).abort_handle();
         let connection = Self {
             lanes,
             lost,
             writer: tokio::sync::Mutex::new(writer),
             waiting,
+            known,
             number: AtomicU32::new(0),
             turn: AtomicUsize::new(0),
             listening,
@@ -88,6 +93,27 @@ impl Connection {
     /// Whether new reads may use it: all lanes are good. One that lost a lane is replaced.
     pub(crate) fn is_usable(&self) -> bool {
         !self.lost.is_cancelled() && self.lanes.iter().all(|lane| lane.is_open())
+    }
+
+    /// Whether the owner has said that `claims` hold, and not that it has released one since. That makes sure whose memory
+    /// the keys are of; whether it still lives is the device's to say, since keys are never given out twice.
+    pub(crate) fn knows(&self, claims: &[Claim]) -> bool {
+        let known = self.known.lock();
+        claims.iter().all(|claim| known.get(&key_of(claim)).is_some_and(|end| claim.end <= *end))
+    }
+
+    /// Makes sure that `claims` hold.
+    pub(crate) async fn make_sure(&self, claims: &[Claim]) -> Result<()> {
+        if self.knows(claims) {
+            return Ok(());
+        }
+        self.check(claims).await?;
+        let mut known = self.known.lock();
+        for claim in claims {
+            let end = known.entry(key_of(claim)).or_default();
+            *end = (*end).max(claim.end);
+        }
+        Ok(())
     }
 
     /// Asks the owner whether `claims` hold.
@@ -130,6 +156,24 @@ impl Connection {
         }
     }
 
+    /// Polls for whoever waits.
+    pub(crate) fn help(&self) {
+        self.each_nic(|nic| nic.help());
+    }
+
+    /// Nobody polls for what flies here: the devices' threads must.
+    pub(crate) fn attend(&self) {
+        self.each_nic(|nic| nic.attend());
+    }
+
+    fn each_nic(&self, mut act: impl FnMut(&Nic)) {
+        for (index, lane) in self.lanes.iter().enumerate() {
+            if !self.lanes[..index].iter().any(|earlier| Arc::ptr_eq(&earlier.nic, &lane.nic)) {
+                act(&lane.nic);
+            }
+        }
+    }
+
     /// Ends all lanes; reads in flight fail.
     pub(crate) fn kill(&self) {
         self.lanes.iter().for_each(|lane| lane.close());
@@ -162,8 +206,23 @@ impl Drop for Whole<'_> {
     }
 }
 
+/// What the owner has said of its regions: how far each reaches, by generation, address, and whether it may be written.
+#[derive(Default)]
+struct Known(Mutex<HashMap<(u64, u64, bool), u64>>);
+
+fn key_of(claim: &Claim) -> (u64, u64, bool) {
+    (claim.generation, claim.address, claim.write)
+}
+
+impl Known {
+    fn lock(&self) -> MutexGuard<'_, HashMap<(u64, u64, bool), u64>> {
+        // Each change under this lock is one call.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Hands answers to those who wait, until the connection ends.
-async fn listen(mut reader: OwnedReadHalf, waiting: Waiting, lost: CancellationToken) {
+async fn listen(mut reader: OwnedReadHalf, waiting: Waiting, known: Arc<Known>, lost: CancellationToken) {
     loop {
         match receive::<Answer>(&mut reader).await {
             Ok(Answer::Checked(number, outcome)) => {
@@ -172,6 +231,8 @@ async fn listen(mut reader: OwnedReadHalf, waiting: Waiting, lost: CancellationT
                 // Nobody waits for the answer to a read that has timed out.
                 sender.map(|sender| sender.send(outcome));
             }
+            Ok(Answer::Released(None)) => known.lock().clear(),
+            Ok(Answer::Released(Some(generation))) => known.lock().retain(|key, _| key.0 != generation),
             Ok(Answer::Connected(_)) => {}
             Err(error) => {
                 tracing::debug!(%error, "an owner left");

@@ -21,7 +21,7 @@ pub(crate) fn spawn(
     let runtime = Handle::try_current().map_err(|e| {
         Error::new(ErrorKind::Internal, operation, "must be called in a tokio runtime").caused_by(e)
     })?;
-    let state = Arc::new(Completion { operation, ..Completion::default() });
+    let state = Arc::new(Completion::new(operation));
     let ended = Ended(state.clone());
     runtime.spawn(async move {
         let jobs: Vec<_> = jobs.into_iter().map(tokio::spawn).collect();
@@ -40,23 +40,46 @@ pub(crate) fn spawn(
 
 /// Set once, when a batch has ended.
 #[derive(Debug, Default)]
-struct Completion {
+pub(crate) struct Completion {
     operation: &'static str,
-    outcome: OnceLock<Result<()>>,
+    pub(crate) outcome: OnceLock<Result<()>>,
     notify: Notify,
 }
 
 impl Completion {
-    fn complete(&self, outcome: Result<()>) {
+    pub(crate) fn new(operation: &'static str) -> Self {
+        Self { operation, ..Self::default() }
+    }
+
+    pub(crate) fn complete(&self, outcome: Result<()>) {
         // A second call is the guard after a finished batch.
         let _ = self.outcome.set(outcome);
         self.notify.notify_waiters();
+    }
+
+    pub(crate) async fn done(&self, deadline: Instant) -> Result<()> {
+        let wait = async {
+            loop {
+                let mut notified = std::pin::pin!(self.notify.notified());
+                notified.as_mut().enable();
+                if let Some(outcome) = self.outcome.get() {
+                    return outcome.clone();
+                }
+                notified.await;
+            }
+        };
+        tokio::time::timeout_at(deadline.into(), wait).await.unwrap_or_else(|_| {
+            // A completion that raced with the deadline counts.
+            self.outcome.get().cloned().unwrap_or_else(|| {
+                Err(Error::new(ErrorKind::Timeout, self.operation, "it did not end by its deadline"))
+            })
+        })
     }
 }
 
 /// Completes an event also when its task is dropped with the runtime. The work requests own their memory, so that the
 /// event's failure does not free it.
-struct Ended(Arc<Completion>);
+pub(crate) struct Ended(pub(crate) Arc<Completion>);
 
 impl Drop for Ended {
     fn drop(&mut self) {
@@ -75,22 +98,7 @@ impl EventState for Ending {
     }
 
     async fn done(&self, deadline: Instant) -> Result<()> {
-        let wait = async {
-            loop {
-                let mut notified = std::pin::pin!(self.0.notify.notified());
-                notified.as_mut().enable();
-                if let Some(outcome) = self.0.outcome.get() {
-                    return outcome.clone();
-                }
-                notified.await;
-            }
-        };
-        tokio::time::timeout_at(deadline.into(), wait).await.unwrap_or_else(|_| {
-            // A completion that raced with the deadline counts.
-            self.0.outcome.get().cloned().unwrap_or_else(|| {
-                Err(Error::new(ErrorKind::Timeout, self.0.operation, "it did not end by its deadline"))
-            })
-        })
+        self.0.done(deadline).await
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -84,6 +84,12 @@ impl Batch {
         }
     }
 
+    /// Whether all pieces have arrived; `Err` if one has failed.
+    pub(crate) fn arrived(&self) -> Result<bool, ()> {
+        let state = self.lock();
+        if state.failures.is_empty() { Ok(state.left == 0) } else { Err(()) }
+    }
+
     /// Waits until no piece is on a device any more; answers those that failed.
     pub(crate) async fn finished(&self) -> Vec<Failure> {
         loop {

@@ -41,19 +41,22 @@ impl Api {
 
 fn symbols(library: &libloading::Library) -> Result<Symbols, &'static str> {
     macro_rules! table {
-        ($($field:ident),* $(,)?) => {
+        ($($field:ident),* ; $($newer:ident),* $(,)?) => {
             Symbols { $($field: {
                 const NAME: &str = concat!("ibv_", stringify!($field));
                 // SAFETY: the field's type is that of the function of this name in verbs.h, whose symbol version
                 // IBVERBS_1.1 fixes it. The pointer is used only while `Api` keeps the library open.
                 *unsafe { library.get(NAME.as_bytes()) }.map_err(|_| NAME)?
+            },)* $($newer: {
+                // SAFETY: as above; the type says that it may be missing.
+                unsafe { library.get(concat!("ibv_", stringify!($newer)).as_bytes()) }.ok().map(|found| *found)
             },)* }
         };
     }
     Ok(table! {
         get_device_list, free_device_list, get_device_name, open_device, close_device, query_device, query_port,
         alloc_pd, dealloc_pd, reg_mr, dereg_mr, create_comp_channel, destroy_comp_channel, create_cq, destroy_cq,
-        get_cq_event, ack_cq_events, create_qp, modify_qp, destroy_qp, get_async_event, ack_async_event,
+        get_cq_event, ack_cq_events, create_qp, modify_qp, destroy_qp, get_async_event, ack_async_event; reg_dmabuf_mr,
     })
 }
 

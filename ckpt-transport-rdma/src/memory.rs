@@ -11,6 +11,7 @@ use ckpt_core::{
     transport::{Registration, RemoteRegion, Transfer, Way},
 };
 use serde::{Deserialize, Serialize};
+use tokio::sync::broadcast;
 
 use crate::{nic::Nic, sys, verbs::Mr};
 
@@ -43,16 +44,16 @@ pub(crate) struct MrSet(Vec<Mr>);
 impl MrSet {
     /// Blocks: pages are pinned.
     pub(crate) fn register(nics: &[Arc<Nic>], buffer: &dyn Buffer, access: Access) -> Result<Self> {
-        if buffer.memory() == MemoryKind::Device {
+        if buffer.memory() == MemoryKind::Device && buffer.dma_buf().is_none() {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 "register memory",
-                "this transport moves host memory only; read into host memory and copy it to the device",
+                "this device memory cannot be exported (dma-buf); read into host memory and copy it to the device",
             ));
         }
         // Verbs refuse regions of no bytes.
         let nics = if buffer.len_bytes() == 0 { &[] } else { nics };
-        nics.iter().map(|nic| Mr::register(&nic.pd, buffer, access.flags())).collect::<Result<_>>().map(Self)
+        nics.iter().map(|nic| register_with(nic, buffer, access)).collect::<Result<_>>().map(Self)
     }
 
     pub(crate) fn local_key(&self, nic: usize) -> u32 {
@@ -63,6 +64,24 @@ impl MrSet {
         self.0.iter().map(Mr::remote_key).collect()
     }
 }
+
+/// Memory for peers gets a key that no memory had before: whoever holds an old one must not reach new memory. Devices
+/// use keys again only after many others.
+fn register_with(nic: &Nic, buffer: &dyn Buffer, access: Access) -> Result<Mr> {
+    let mut used = Vec::new();
+    for _ in 0..NEW_KEY_ATTEMPTS {
+        let region = Mr::register(&nic.pd, buffer, access.flags())?;
+        if access == Access::Local || nic.take_key(region.remote_key()) {
+            return Ok(region);
+        }
+        // Kept until there is another, or the device would give the same again.
+        used.push(region);
+    }
+    let what = "the device gives the same keys again and again; restart this process";
+    Err(Error::new(ErrorKind::ResourceExhausted, "register memory", what))
+}
+
+const NEW_KEY_ATTEMPTS: usize = 64;
 
 /// Registrations that are kept for the next transfer with the same buffer, until the buffer is gone.
 #[derive(Debug, Default)]
@@ -80,6 +99,11 @@ impl MrCache {
         // The same place and size as well as the same object: two buffers without bytes may share an address.
         let same = |kept: &Weak<dyn Buffer>| std::ptr::addr_eq(kept.as_ptr(), Arc::as_ptr(buffer));
         self.lock().iter().find(|(kept, _)| same(kept)).map(|(_, set)| set.clone())
+    }
+
+    /// The registration of `buffer`, if it is there already.
+    pub(crate) fn get_now(&self, buffer: &Arc<dyn Buffer>) -> Option<Arc<MrSet>> {
+        self.find(buffer)
     }
 
     /// The registration of `buffer` for transfers with it.
@@ -128,8 +152,20 @@ pub(crate) struct Claim {
 }
 
 /// All live regions of one transport.
-#[derive(Debug, Default)]
-pub(crate) struct Regions(Mutex<RegionsState>);
+#[derive(Debug)]
+pub(crate) struct Regions {
+    state: Mutex<RegionsState>,
+    released: broadcast::Sender<u64>,
+}
+
+/// Releases that a slow peer has not heard of yet.
+const RELEASES: usize = 1024;
+
+impl Default for Regions {
+    fn default() -> Self {
+        Self { state: Mutex::default(), released: broadcast::channel(RELEASES).0 }
+    }
+}
 
 #[derive(Debug, Default)]
 struct RegionsState {
@@ -142,7 +178,12 @@ struct RegionsState {
 impl Regions {
     fn lock(&self) -> MutexGuard<'_, RegionsState> {
         // Each change under this lock is whole even after a panic elsewhere.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Generations that are released from now on.
+    pub(crate) fn releases(&self) -> broadcast::Receiver<u64> {
+        self.released.subscribe()
     }
 
     pub(crate) fn add(&self, buffer: Arc<dyn Buffer>, access: Access) -> u64 {
@@ -156,6 +197,8 @@ impl Regions {
     pub(crate) fn remove(&self, generation: u64) {
         let buffer = self.lock().live.remove(&generation);
         drop(buffer);
+        // Nobody may be listening.
+        let _ = self.released.send(generation);
     }
 
     /// The memory of a region that lives.
@@ -280,8 +323,8 @@ impl Registration for Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        // First the answer to readers that ask, then the keys, then the memory: a reader whose bytes came from a region
-        // that was being released learns of it when it asks afterwards.
+        // First the answer to peers that ask, then the keys, then the memory: while the keys hold, so does the memory, and
+        // afterwards a peer's request fails.
         let memory = self.regions.buffer(self.region.generation);
         self.regions.remove(self.region.generation);
         self.keys = None;
@@ -317,6 +360,31 @@ mod tests {
         assert!(regions.buffer(generation).is_none());
         assert!(regions.add(memory, Access::Read) > generation);
         assert_eq!(kind(generation, here, 1), Err(ErrorKind::Aborted));
+    }
+
+    /// Device memory of a driver without dma-buf.
+    #[derive(Debug)]
+    struct Foreign;
+
+    // SAFETY: no byte of it is ever touched: it says that it is on a device.
+    unsafe impl Buffer for Foreign {
+        fn address(&self) -> u64 {
+            0x7000_0000
+        }
+
+        fn len_bytes(&self) -> u64 {
+            4096
+        }
+
+        fn memory(&self) -> MemoryKind {
+            MemoryKind::Device
+        }
+    }
+
+    #[test]
+    fn device_memory_that_cannot_be_exported_is_refused() {
+        let error = MrSet::register(&[], &Foreign, Access::Read).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::{
 
 use ckpt_core::{
     Error, ErrorKind, Key, Result,
-    device::BufferSlice,
+    device::{Buffer, BufferSlice},
     transport::{Transfer, Way},
 };
 
@@ -33,7 +33,7 @@ struct Part {
     memory: BufferSlice,
     registered: Arc<MrSet>,
     remote_address: u64,
-    keys: Arc<Vec<u32>>,
+    descriptor: Arc<Descriptor>,
 }
 
 /// What is on a device now.
@@ -42,17 +42,50 @@ type Current = Mutex<Option<(Arc<Connection>, Arc<Batch>)>>;
 /// A batch with one owner.
 pub(crate) struct Job {
     pub(crate) way: Way,
-    pub(crate) transfers: Vec<(Transfer, Descriptor)>,
+    pub(crate) transfers: Vec<(Transfer, Arc<Descriptor>)>,
 }
 
 /// Moves the bytes. When it returns, no device touches this side's memory any more.
 pub(crate) async fn run(node: &Arc<Node>, peer: Peer, job: Job, deadline: Instant) -> Result<()> {
-    let operation = job.way.operation();
     if peer.1 == node.id {
         return own(node, job, deadline).await.map_err(|e| e.with(Key::Peer, peer.0));
     }
+    drive(node, peer, job, None, deadline).await
+}
+
+/// A batch that was posted at once.
+pub(crate) struct Flight {
+    pub(crate) connection: Arc<Connection>,
+    pub(crate) batch: Arc<Batch>,
+    parts: Vec<Part>,
+}
+
+/// Posts the batch if nothing has to be waited for before: connected, registered, and known to the owner.
+pub(crate) fn post_now(node: &Arc<Node>, peer: Peer, job: &Job) -> Option<Flight> {
+    let connection = node.connected(peer).filter(|connection| connection.knows(&claims(job)))?;
+    let registered = |buffer: &Arc<dyn Buffer>| node.local.get_now(buffer);
+    let mut parts = Vec::new();
+    for (transfer, descriptor) in &job.transfers {
+        if transfer.memory.len_bytes() > 0 {
+            cut(transfer, descriptor, &registered(transfer.memory.buffer())?, &mut parts).ok()?;
+        }
+    }
+    let batch = post(&connection, job.way, &parts)?;
+    Some(Flight { connection, batch, parts })
+}
+
+/// Goes on with a batch, to its end.
+pub(crate) async fn drive(
+    node: &Arc<Node>,
+    peer: Peer,
+    job: Job,
+    flight: Option<Flight>,
+    deadline: Instant,
+) -> Result<()> {
+    let operation = job.way.operation();
     let current = Current::default();
-    let outcome = tokio::time::timeout_at(deadline.into(), attempts(node, peer, &job, &current)).await;
+    let trying = attempts(node, peer, &job, flight, &current);
+    let outcome = tokio::time::timeout_at(deadline.into(), trying).await;
     let outcome = outcome.unwrap_or_else(|_| {
         let what = "the bytes did not arrive by the deadline";
         let mut error = Error::new(ErrorKind::Timeout, operation, what);
@@ -99,30 +132,52 @@ async fn own(node: &Arc<Node>, job: Job, deadline: Instant) -> Result<()> {
     node.regions.check(&claims)
 }
 
-async fn attempts(node: &Arc<Node>, peer: Peer, job: &Job, current: &Current) -> Result<()> {
+async fn attempts(
+    node: &Arc<Node>,
+    peer: Peer,
+    job: &Job,
+    mut flight: Option<Flight>,
+    current: &Current,
+) -> Result<()> {
     let Some((_, descriptor)) = job.transfers.first() else { return Ok(()) };
     let operation = job.way.operation();
     let claims = claims(job);
-    let mut parts = parts(node, job).await?;
+    let mut parts = match &mut flight {
+        Some(flight) => std::mem::take(&mut flight.parts),
+        None => parts(node, job).await?,
+    };
     let mut last = None;
     for _ in 0..ATTEMPTS {
-        let connection = match node.connection(peer, descriptor).await {
-            Ok(connection) => connection,
-            Err(error) => return Err(last.unwrap_or(error)),
-        };
-        if let Err(error) = connection.check(&claims).await {
-            // A connection that was kept may have ended since: then a new one tells what is the matter.
-            if error.kind() != ErrorKind::PeerLost {
-                return Err(error);
+        let (connection, batch) = match flight.take() {
+            Some(Flight { connection, batch, .. }) => (connection, Some(batch)),
+            None => {
+                let connection = match node.connection(peer, descriptor).await {
+                    Ok(connection) => connection,
+                    Err(error) => return Err(last.unwrap_or(error)),
+                };
+                if let Err(error) = connection.make_sure(&claims).await {
+                    // A connection that was kept may have ended since: then a new one tells what is the matter.
+                    if error.kind() != ErrorKind::PeerLost {
+                        return Err(error);
+                    }
+                    connection.lost.cancel();
+                    last = Some(error);
+                    continue;
+                }
+                let batch = post(&connection, job.way, &parts);
+                (connection, batch)
             }
-            connection.lost.cancel();
-            last = Some(error);
-            continue;
-        }
-        let failures = post(&connection, job.way, &parts, current).await;
+        };
+        let failures = match batch {
+            Some(batch) => settled(&connection, batch, current).await,
+            None => {
+                let failed = |index| Failure { index, error: FLUSHED, hca: String::new(), lane: 0 };
+                (0..parts.len()).map(failed).collect()
+            }
+        };
         if failures.is_empty() {
-            // Bytes of a region that was released meanwhile do not count.
-            return connection.check(&claims).await;
+            // Each piece met the region that its key is of, while that lived.
+            return Ok(());
         }
         let word = connection.check(&claims).await;
         if let Err(error) = word
@@ -173,33 +228,39 @@ fn claims(job: &Job) -> Vec<Claim> {
 async fn parts(node: &Arc<Node>, job: &Job) -> Result<Vec<Part>> {
     let mut parts = Vec::new();
     for (transfer, descriptor) in &job.transfers {
-        let len = transfer.memory.len_bytes();
-        if len == 0 {
-            continue;
-        }
-        let registered = node.local.get(&node.nics, transfer.memory.buffer()).await?;
-        let keys = Arc::new(descriptor.keys.clone());
-        let mut start = 0;
-        while start < len {
-            let end = len.min(start + PIECE_BYTES);
-            parts.push(Part {
-                memory: transfer.memory.slice(start..end)?,
-                registered: registered.clone(),
-                remote_address: transfer.region.address + transfer.offset + start,
-                keys: keys.clone(),
-            });
-            start = end;
+        if transfer.memory.len_bytes() > 0 {
+            let registered = node.local.get(&node.nics, transfer.memory.buffer()).await?;
+            cut(transfer, descriptor, &registered, &mut parts)?;
         }
     }
     Ok(parts)
 }
 
-/// Puts `parts` on the connection's lanes, and answers those that failed when none is on a device any more.
-async fn post(connection: &Arc<Connection>, way: Way, parts: &[Part], current: &Current) -> Vec<Failure> {
+fn cut(
+    transfer: &Transfer,
+    descriptor: &Arc<Descriptor>,
+    registered: &Arc<MrSet>,
+    parts: &mut Vec<Part>,
+) -> Result<()> {
+    let (mut start, len) = (0, transfer.memory.len_bytes());
+    while start < len {
+        let end = len.min(start + PIECE_BYTES);
+        parts.push(Part {
+            memory: transfer.memory.slice(start..end)?,
+            registered: registered.clone(),
+            remote_address: transfer.region.address + transfer.offset + start,
+            descriptor: descriptor.clone(),
+        });
+        start = end;
+    }
+    Ok(())
+}
+
+/// Puts `parts` on the connection's lanes; `None` if none is open.
+fn post(connection: &Arc<Connection>, way: Way, parts: &[Part]) -> Option<Arc<Batch>> {
     let lanes = connection.open_lanes();
     if lanes.is_empty() {
-        let failed = |index| Failure { index, error: FLUSHED, hca: String::new(), lane: 0 };
-        return (0..parts.len()).map(failed).collect();
+        return None;
     }
     let batch = Batch::new(parts.len());
     let mut shares: Vec<(&Arc<Lane>, Vec<Piece>)> =
@@ -215,11 +276,17 @@ async fn post(connection: &Arc<Connection>, way: Way, parts: &[Part], current: &
             registered: part.registered.clone(),
             remote_address: part.remote_address,
             // A descriptor with too few keys is refused before.
-            remote_key: part.keys.get(lane.remote_nic).copied().unwrap_or(0),
+            remote_key: part.descriptor.keys.get(lane.remote_nic).copied().unwrap_or(0),
         });
     }
-    *current.lock().unwrap_or_else(PoisonError::into_inner) = Some((connection.clone(), batch.clone()));
     connection.submit(shares);
+    Some(batch)
+}
+
+/// Waits until none of the batch is on a device; answers what failed.
+async fn settled(connection: &Arc<Connection>, batch: Arc<Batch>, current: &Current) -> Vec<Failure> {
+    *current.lock().unwrap_or_else(PoisonError::into_inner) = Some((connection.clone(), batch.clone()));
+    connection.attend();
     let failures = tokio::select! {
         failures = batch.finished() => failures,
         () = connection.lost.cancelled() => {

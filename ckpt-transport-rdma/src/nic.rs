@@ -1,7 +1,7 @@
 //! One port of one device: its protection domain, its completion queue, and the thread that polls it.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io::{Read, Write},
     os::{fd::AsRawFd, unix::net::UnixStream},
     sync::{
@@ -22,7 +22,7 @@ use crate::{
     error::VerbsError,
     lane::Lane,
     library::Api,
-    sys,
+    numa, sys,
     verbs::{Context, Cq, Pd, Qp},
 };
 
@@ -32,6 +32,8 @@ const CQ_ENTRIES: i32 = 8192;
 const SPINS: u32 = 2000;
 /// The thread looks around at least this often.
 const TICK_MILLIS: i32 = 1000;
+/// The same while those who wait poll for themselves.
+const HELPED_MILLIS: i32 = 2;
 /// A device flushes a queue pair at once; this long it may take when the transport is closed.
 const QUIET: Duration = Duration::from_secs(2);
 
@@ -62,6 +64,14 @@ pub(crate) struct Nic {
     cq: Arc<Cq>,
     context: Arc<Context>,
     lanes: Mutex<HashMap<u32, Arc<Lane>>>,
+    /// Every key that peers were given: none is given twice, so a request that succeeds proves which region it met.
+    keys: Mutex<HashSet<u32>>,
+    /// Who polls. Completions are handled in their order, so polling and handling are one step.
+    polling: Mutex<()>,
+    /// Somebody who waits has polled since the thread last looked.
+    helped: AtomicBool,
+    /// The thread sleeps without having asked for an event.
+    resting: AtomicBool,
     down: AtomicBool,
     stopping: AtomicBool,
     wake: UnixStream,
@@ -124,14 +134,22 @@ impl Nic {
             cq,
             context,
             lanes: Mutex::default(),
+            keys: Mutex::default(),
+            polling: Mutex::default(),
+            helped: AtomicBool::new(false),
+            resting: AtomicBool::new(false),
             down: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             wake,
         });
-        let polled = nic.clone();
+        let (polled, sysfs) = (nic.clone(), config.sysfs.clone());
         std::thread::Builder::new()
             .name(format!("ckpt-{}", chosen.device))
-            .spawn(move || poll(&polled, woken))
+            .spawn(move || {
+                let cores = numa::pin_near(&sysfs, polled.name());
+                tracing::debug!(hca = polled.name(), ?cores, "polls completions");
+                poll(&polled, woken);
+            })
             .map_err(io)?;
         Ok(nic)
     }
@@ -145,6 +163,31 @@ impl Nic {
         let qp = Qp::new(&self.pd, &self.cq, self.depth)?;
         qp.to_init(self.port).map_err(|e| Error::from(e).with(Key::Hca, self.name()))?;
         Ok(qp)
+    }
+
+    /// Whether a key for peers is a new one; from now on it is not.
+    pub(crate) fn take_key(&self, key: u32) -> bool {
+        // One call under this lock.
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner).insert(key)
+    }
+
+    /// Polls once, for somebody who waits and would rather not be woken.
+    pub(crate) fn help(&self) {
+        self.helped.store(true, Ordering::Relaxed);
+        // Somebody else polls: that helps as well.
+        if let Ok(_polling) = self.polling.try_lock() {
+            let mut completions = [sys::Wc::default(); 16];
+            // An error is the thread's to find.
+            let found = self.cq.poll(&mut completions).unwrap_or(0);
+            completions[..found].iter().for_each(|completion| self.dispatch(completion));
+        }
+    }
+
+    /// Requests fly that nobody helps with: the thread must look.
+    pub(crate) fn attend(&self) {
+        if self.resting.load(Ordering::Acquire) {
+            self.wake();
+        }
     }
 
     /// Whether the port was last heard to be up.
@@ -237,13 +280,17 @@ fn poll(nic: &Arc<Nic>, mut woken: UnixStream) {
     let (mut spins, mut armed) = (0, false);
     let mut stopped_at = None;
     loop {
-        let found = nic.cq.poll(&mut completions).unwrap_or_else(|error| {
-            tracing::error!(%error, hca = nic.name(), "completions cannot be polled");
-            nic.down.store(true, Ordering::Relaxed);
-            nic.stopping.store(true, Ordering::Release);
-            0
-        });
-        completions[..found].iter().for_each(|completion| nic.dispatch(completion));
+        let found = {
+            let _polling = nic.polling.lock().unwrap_or_else(PoisonError::into_inner);
+            let found = nic.cq.poll(&mut completions).unwrap_or_else(|error| {
+                tracing::error!(%error, hca = nic.name(), "completions cannot be polled");
+                nic.down.store(true, Ordering::Relaxed);
+                nic.stopping.store(true, Ordering::Release);
+                0
+            });
+            completions[..found].iter().for_each(|completion| nic.dispatch(completion));
+            found
+        };
         if found > 0 {
             spins = 0;
             continue;
@@ -257,12 +304,14 @@ fn poll(nic: &Arc<Nic>, mut woken: UnixStream) {
                 return drop(lanes);
             }
         }
-        if busy && spins < SPINS {
+        // While others poll for themselves, an event for each of their completions would only cost.
+        let helped = nic.helped.swap(false, Ordering::Relaxed);
+        if busy && spins < SPINS && !helped {
             spins += 1;
             std::thread::yield_now();
             continue;
         }
-        if !armed {
+        if !armed && !helped {
             // What came before this is found by the next poll, what comes after makes an event.
             armed = nic.cq.arm().is_ok();
             if armed {
@@ -270,8 +319,14 @@ fn poll(nic: &Arc<Nic>, mut woken: UnixStream) {
             }
         }
         let fds = [nic.cq.channel_fd(), woken.as_raw_fd(), nic.context.async_fd()];
-        let timeout = if stopped_at.is_some() { 1 } else { TICK_MILLIS };
+        nic.resting.store(!armed, Ordering::Release);
+        let timeout = match (stopped_at.is_some(), armed) {
+            (true, _) => 1,
+            (false, true) => TICK_MILLIS,
+            (false, false) => HELPED_MILLIS,
+        };
         let [event, _, asynchronous] = wait(fds, timeout);
+        nic.resting.store(false, Ordering::Release);
         if event {
             nic.cq.take_event();
             armed = false;

@@ -7,7 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ckpt_core::{Error, ErrorKind, Key, Result, transport::TransportConfig};
+use ckpt_core::{
+    Error, ErrorKind, Key, Result,
+    transport::{RemoteRegion, TransportConfig},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -43,8 +46,12 @@ pub(crate) struct Node {
     state: Mutex<State>,
 }
 
+/// A region's owner, and what it says of the region.
+pub(crate) type Described = (SocketAddr, Arc<Descriptor>);
+
 #[derive(Default)]
 struct State {
+    described: Option<(Arc<RemoteRegion>, Described)>,
     connections: HashMap<Peer, Slot>,
     /// Since when a pair of NICs is not to be used for a peer.
     suspects: HashMap<(Peer, usize, usize), Instant>,
@@ -122,6 +129,29 @@ impl Node {
         let connection = Connection::open(self, peer, descriptor).await?;
         *slot = Some(connection.clone());
         Ok(connection)
+    }
+
+    /// The connection to `peer`, if there is one now.
+    pub(crate) fn connected(&self, peer: Peer) -> Option<Arc<Connection>> {
+        let slot = self.lock().connections.get(&peer).cloned()?;
+        let slot = slot.try_lock().ok()?;
+        slot.as_ref().filter(|connection| connection.is_usable()).cloned()
+    }
+
+    /// What `region` describes; the last answer is kept, as batches tend to be of the same region.
+    pub(crate) fn described(
+        &self,
+        region: &Arc<RemoteRegion>,
+        describe: impl FnOnce(&RemoteRegion) -> Result<Described>,
+    ) -> Result<Described> {
+        if let Some((known, described)) = &self.lock().described
+            && Arc::ptr_eq(known, region)
+        {
+            return Ok(described.clone());
+        }
+        let described = describe(region)?;
+        self.lock().described = Some((region.clone(), described.clone()));
+        Ok(described)
     }
 
     /// Leaves a pair of NICs out of the next connections to `peer`.

@@ -5,8 +5,11 @@ use std::{sync::Arc, time::Duration};
 use ckpt_core::{Error, ErrorKind, Key, Result};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    net::{
+        TcpListener, TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::{Semaphore, broadcast::error::RecvError},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -83,19 +86,40 @@ pub(crate) async fn accept<F: Future<Output = ()> + Send + 'static>(
 }
 
 /// Answers one peer until it leaves; then its queue pairs go.
-pub(crate) async fn serve(node: Arc<Node>, mut stream: TcpStream) {
-    if let Err(error) = answer(&node, &mut stream).await {
+pub(crate) async fn serve(node: Arc<Node>, stream: TcpStream) {
+    let (mut reader, writer) = stream.into_split();
+    let writer = tokio::sync::Mutex::new(writer);
+    let mut releases = node.regions.releases();
+    let tell = async {
+        loop {
+            let released = match releases.recv().await {
+                Ok(generation) => Some(generation),
+                Err(RecvError::Lagged(_)) => None,
+                Err(RecvError::Closed) => return Ok(()),
+            };
+            send(&mut *writer.lock().await, &Answer::Released(released)).await?;
+        }
+    };
+    let ended = tokio::select! {
+        ended = answer(&node, &mut reader, &writer) => ended,
+        ended = tell => ended,
+    };
+    if let Err(error) = ended {
         tracing::debug!(%error, "a peer left");
     }
 }
 
-async fn answer(node: &Arc<Node>, stream: &mut TcpStream) -> Result<()> {
+async fn answer(
+    node: &Arc<Node>,
+    reader: &mut OwnedReadHalf,
+    writer: &tokio::sync::Mutex<OwnedWriteHalf>,
+) -> Result<()> {
     let mut held: Vec<Qp> = Vec::new();
     loop {
-        match receive::<Request>(stream).await? {
+        match receive::<Request>(reader).await? {
             Request::Check(number, claims) => {
                 let outcome = node.regions.check(&claims);
-                send(stream, &Answer::Checked(number, outcome)).await?;
+                send(&mut *writer.lock().await, &Answer::Checked(number, outcome)).await?;
             }
             Request::Connect(ends) => {
                 if ends.len() + held.len() > LANES_LIMIT {
@@ -114,7 +138,7 @@ async fn answer(node: &Arc<Node>, stream: &mut TcpStream) -> Result<()> {
                         end
                     }));
                 }
-                send(stream, &Answer::Connected(answers)).await?;
+                send(&mut *writer.lock().await, &Answer::Connected(answers)).await?;
             }
         }
     }

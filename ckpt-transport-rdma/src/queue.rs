@@ -129,6 +129,21 @@ mod tests {
     }
 
     #[test]
+    fn a_completion_that_is_handled_late_changes_nothing() {
+        let mut queue = SendQueue::new(4, 0);
+        for request in 0..6 {
+            queue.push(request).unwrap();
+        }
+        while queue.start().is_some() {}
+        assert_eq!(queue.complete(2), [0, 1, 2], "it retires all before it");
+        assert!(queue.complete(1).is_empty(), "an earlier one comes late");
+        assert_eq!(queue.fail(0), Failed { done: Vec::new(), culprit: None }, "even as an error");
+        assert!(queue.start().is_none(), "but then nothing is posted any more");
+        assert_eq!(queue.complete(3), [3]);
+        assert_eq!(queue.close(), [4, 5]);
+    }
+
+    #[test]
     fn a_failure_names_its_request_and_flushes_the_rest() {
         let mut queue = SendQueue::new(4, 0);
         for request in 0..6 {

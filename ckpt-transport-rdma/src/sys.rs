@@ -309,6 +309,8 @@ pub(crate) struct Symbols {
     pub(crate) destroy_qp: unsafe extern "C" fn(*mut Qp) -> c_int,
     pub(crate) get_async_event: unsafe extern "C" fn(*mut Context, *mut AsyncEvent) -> c_int,
     pub(crate) ack_async_event: unsafe extern "C" fn(*mut AsyncEvent),
+    /// Of rdma-core 34 and newer.
+    pub(crate) reg_dmabuf_mr: Option<unsafe extern "C" fn(*mut Pd, u64, usize, u64, c_int, c_int) -> *mut Mr>,
 }
 
 macro_rules! layout {

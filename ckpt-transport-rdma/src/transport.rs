@@ -1,6 +1,6 @@
 //! The transport `rdma`: the one-sided facet over verbs.
 
-use std::{collections::HashMap, fmt, net::SocketAddr, sync::Arc, time::Instant};
+use std::{collections::HashMap, fmt, sync::Arc, time::Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -14,10 +14,10 @@ use ckpt_core::{
 };
 
 use crate::{
-    ending,
+    ending, flying,
     memory::{Access, Registered, register},
     mover::{self, Job},
-    node::{Node, Peer},
+    node::{Described, Node, Peer},
     wire::{Descriptor, decode, encode},
 };
 
@@ -106,22 +106,32 @@ impl RdmaTransport {
 
     fn post(&self, way: Way, batch: Vec<impl Into<Transfer>>, deadline: Instant) -> Result<Event> {
         let operation = way.operation();
-        let mut owners: HashMap<Peer, Vec<(Transfer, Descriptor)>> = HashMap::new();
+        let mut owners: HashMap<Peer, Vec<(Transfer, Arc<Descriptor>)>> = HashMap::new();
         for op in batch {
             let transfer: Transfer = op.into();
             transfer.check_on_host(way)?;
-            let (address, descriptor) = owner_of(operation, &transfer.region)?;
+            let (address, descriptor) =
+                self.node.described(&transfer.region, |region| owner_of(operation, region))?;
             owners.entry((address, descriptor.id)).or_default().push((transfer, descriptor));
         }
-        let jobs = owners.into_iter().map(|(peer, transfers)| {
-            let (node, job) = (self.node.clone(), Job { way, transfers });
+        let mut jobs: Vec<(Peer, Job)> =
+            owners.into_iter().map(|(peer, transfers)| (peer, Job { way, transfers })).collect();
+        if let [(peer, job)] = &jobs[..]
+            && Instant::now() < deadline
+            && let Some(flight) = mover::post_now(&self.node, *peer, job)
+            && let Some((peer, job)) = jobs.pop()
+        {
+            return flying::event(self.node.clone(), peer, job, flight, deadline);
+        }
+        let jobs = jobs.into_iter().map(|(peer, job)| {
+            let node = self.node.clone();
             async move { mover::run(&node, peer, job, deadline).await }
         });
         ending::spawn(operation, jobs.collect())
     }
 }
 
-fn owner_of(operation: &'static str, region: &RemoteRegion) -> Result<(SocketAddr, Descriptor)> {
+fn owner_of(operation: &'static str, region: &RemoteRegion) -> Result<Described> {
     let error = || {
         let what = "the region was not described by the transport `rdma`";
         Error::new(ErrorKind::ConfigInvalid, operation, what).with(Key::Peer, &region.peer)
@@ -132,5 +142,5 @@ fn owner_of(operation: &'static str, region: &RemoteRegion) -> Result<(SocketAdd
     if descriptor.version != 1 || descriptor.keys.len() != keys {
         return Err(error());
     }
-    Ok((address, descriptor))
+    Ok((address, Arc::new(descriptor)))
 }

@@ -3,6 +3,7 @@
 use std::{
     ffi::{CStr, c_int, c_void},
     io,
+    os::fd::{AsRawFd, OwnedFd},
     ptr::{NonNull, null_mut},
     sync::Arc,
 };
@@ -153,8 +154,11 @@ unsafe impl Send for Mr {}
 unsafe impl Sync for Mr {}
 
 impl Mr {
-    /// Registers `buffer`, which is host memory. May take a second for each few GiB: pages are pinned.
+    /// Registers `buffer`, which is host memory or can be exported as a dma-buf. May take a second for each few GiB: pages are pinned.
     pub(crate) fn register(pd: &Arc<Pd>, buffer: &dyn Buffer, access: c_int) -> Result<Self> {
+        if let Some(exported) = buffer.dma_buf() {
+            return Self::register_dma_buf(pd, buffer, &exported?, access);
+        }
         let (address, len) = (buffer.address() as *mut c_void, buffer.len_bytes() as usize);
         let context = &pd.context;
         // SAFETY: the range is mapped while `buffer` lives, which is for the call; what the device may do to it later
@@ -173,6 +177,25 @@ impl Mr {
                 error
             }
         })?;
+        Ok(Self { pd: pd.clone(), raw })
+    }
+
+    fn register_dma_buf(pd: &Arc<Pd>, buffer: &dyn Buffer, fd: &OwnedFd, access: c_int) -> Result<Self> {
+        let context = &pd.context;
+        let refused = |cause: VerbsError| {
+            let cause = Error::from(cause).with(Key::Hca, &context.name);
+            let what = "this RDMA device or its driver cannot register device memory (dma-buf); read into host memory";
+            Error::new(cause.kind(), "register memory", what).with(Key::Hca, &context.name).caused_by(cause)
+        };
+        let function = "ibv_reg_dmabuf_mr";
+        let Some(register) = context.api.symbols.reg_dmabuf_mr else {
+            return Err(refused(VerbsError::Call { function, errno: libc::EOPNOTSUPP }));
+        };
+        let (address, len) = (buffer.address(), buffer.len_bytes() as usize);
+        // SAFETY: the descriptor is open for the call, and the kernel keeps what it stands for while it is registered.
+        // Requests name its bytes by the device's own addresses.
+        let raw = unsafe { register(pd.raw.as_ptr(), 0, len, address, fd.as_raw_fd(), access) };
+        let raw = NonNull::new(raw).ok_or_else(|| refused(errno(function)))?;
         Ok(Self { pd: pd.clone(), raw })
     }
 

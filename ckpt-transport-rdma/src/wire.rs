@@ -57,6 +57,8 @@ pub(crate) enum Answer {
     Connected(Vec<Result<End, Error>>),
     /// To the check of that number.
     Checked(u32, Result<(), Error>),
+    /// Unasked: this region is released; all must be asked for again if there is no number.
+    Released(Option<u64>),
 }
 
 pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {

@@ -8,6 +8,7 @@
 use std::{
     io::{BufRead, BufReader, Write},
     net::Ipv4Addr,
+    os::fd::OwnedFd,
     process::{Child, Command, Stdio},
     sync::Arc,
     time::{Duration, Instant},
@@ -15,7 +16,9 @@ use std::{
 
 use ckpt_core::{
     ErrorKind, Key, Result,
-    device::{BufferSlice, DeviceBackend, DeviceConfig, host::HostBuffer, host::HostDevice},
+    device::{
+        Buffer, BufferSlice, DeviceBackend, DeviceConfig, MemoryKind, host::HostBuffer, host::HostDevice,
+    },
     testkit::conformance::{self, Factory},
     transport::{ReadOp, RemoteRegion, Transport, TransportConfig, TransportProvider},
 };
@@ -173,6 +176,39 @@ async fn a_lost_link_is_survived_by_the_other() {
     ip("up");
     outcome.unwrap();
     second.unwrap();
+}
+
+/// Device memory whose "dma-buf" is none.
+#[derive(Debug)]
+struct Pretended;
+
+// SAFETY: no byte of it is ever touched: it says that it is on a device.
+unsafe impl Buffer for Pretended {
+    fn address(&self) -> u64 {
+        0x7000_0000
+    }
+
+    fn len_bytes(&self) -> u64 {
+        4096
+    }
+
+    fn memory(&self) -> MemoryKind {
+        MemoryKind::Device
+    }
+
+    fn dma_buf(&self) -> Option<Result<OwnedFd>> {
+        Some(Ok(std::fs::File::open("/dev/zero").unwrap().into()))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs an RDMA device without dma-buf: integration-tests/rdma-vm/test.sh"]
+async fn device_memory_is_refused_where_the_device_cannot_register_it() {
+    let owner = Verbs::new().open(0);
+    let error = owner.one_sided().unwrap().register(Arc::new(Pretended)).await.unwrap_err();
+    println!("{error}");
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.get(Key::Hca).is_some_and(|hca| !hca.is_empty()));
 }
 
 /// Runs a tool of iproute2 that must succeed.

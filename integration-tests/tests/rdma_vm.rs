@@ -54,8 +54,11 @@ async fn join_over_verbs_from_two_owners_into_two_receivers() {
     let (metas, token) = (metas.to_str().expect("UTF-8"), token.to_str().expect("UTF-8"));
     let workers = job.workers(&[]).await;
     let saving = ["--save-metas-file", metas, "--token-file", token, "--sleep-time", "900"];
-    let options = [&saving[..], &["--transport", "rdma"], &PATIENCE].concat();
-    let mut senders = job.update_in(&[("PS_P2P_STORE_RDMA_DEVICES", "rxe_a0,rxe_a1")], &options);
+    let options = [&saving[..], &["--transport", "rdma", "--bind", "10.9.0.1"], &PATIENCE].concat();
+    // As if each were alone on its host: else the ranks of a host share its NICs out.
+    let env =
+        [("PS_P2P_STORE_RDMA_DEVICES", "rxe_a0,rxe_a1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")];
+    let mut senders = job.update_in(&env, &options);
     senders.get(0).stdout_line("update_s_by_method").await;
 
     // Engines that hold nothing, and another job on host b.
@@ -66,7 +69,8 @@ async fn join_over_verbs_from_two_owners_into_two_receivers() {
     let _workers = job.workers(&[]).await;
     let before = sent();
     Program::new(PROGRAM)
-        .args(["launch", "--nproc-per-node", "2", "--", PROGRAM])
+        .args(["launch", "--nproc-per-node", "2", "--"])
+        .args(["/usr/bin/env", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1", PROGRAM])
         .args(["join", "--json", "--device", "host", "--worker-protocol", "native", "--transport", "rdma"])
         .args([
             "--inference-parallel-size",
@@ -79,6 +83,7 @@ async fn join_over_verbs_from_two_owners_into_two_receivers() {
             token,
         ])
         .args(PATIENCE)
+        .args(["--bind", "10.9.0.2"])
         .arg("--uds")
         .arg(job.path("worker-{rank}.sock"))
         .env("CKPT_RUNTIME_DIR", job.runtime_dir())

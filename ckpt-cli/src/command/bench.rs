@@ -170,6 +170,8 @@ impl TransportArgs {
         let queue_pairs = self.qps.map(|count| count.to_string());
         move |name| match name {
             "PS_P2P_STORE_RDMA_DEVICES" if devices.is_some() => devices.clone(),
+            // The ranks of a host share out what is not said for each.
+            "LOCAL_RANK" | "LOCAL_WORLD_SIZE" if devices.is_some() => None,
             "CKPT_RDMA_QPS" if queue_pairs.is_some() => queue_pairs.clone(),
             _ => std::env::var(name).ok(),
         }

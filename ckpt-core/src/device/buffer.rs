@@ -1,6 +1,6 @@
 //! Memory that is owned while anything may still read or write it.
 
-use std::{fmt, ops::Range, ptr::NonNull, sync::Arc};
+use std::{fmt, ops::Range, os::fd::OwnedFd, ptr::NonNull, sync::Arc};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -27,6 +27,11 @@ pub unsafe trait Buffer: Send + Sync + fmt::Debug {
     fn len_bytes(&self) -> u64;
     /// Where it lives.
     fn memory(&self) -> MemoryKind;
+    /// The whole of it as a dma-buf, for an RDMA device to register: device memory whose driver can export it. The
+    /// descriptor keeps the memory alive by itself.
+    fn dma_buf(&self) -> Option<Result<OwnedFd>> {
+        None
+    }
 }
 
 /// A range of a [`Buffer`] that keeps the buffer alive. Cloning it copies no bytes.

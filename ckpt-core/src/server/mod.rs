@@ -151,6 +151,16 @@ impl ParameterServer {
         self
     }
 
+    /// Puts a layer over the transport that broadcasts.
+    #[must_use]
+    pub fn with_layer<T: Transport + 'static>(
+        mut self,
+        layer: impl FnOnce(Arc<dyn Transport>) -> Arc<T>,
+    ) -> Self {
+        self.transport = layer(self.transport);
+        self
+    }
+
     /// Where this rank is in the network: ranks with equal `host` and `hca` (`mlx5_0`, `mlx5_0,mlx5_1` or nothing) share
     /// a link, and one of them pulls for all. Without this: the host's name and no HCA.
     #[must_use]

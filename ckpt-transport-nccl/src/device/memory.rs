@@ -1,6 +1,10 @@
 //! Device memory, pinned host memory and mappings of another process's device memory.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    os::fd::{FromRawFd, OwnedFd},
+    sync::Arc,
+};
 
 use ckpt_core::{
     Error, ErrorKind, Result,
@@ -112,6 +116,20 @@ unsafe impl Buffer for DeviceMemory {
 
     fn memory(&self) -> MemoryKind {
         MemoryKind::Device
+    }
+
+    fn dma_buf(&self) -> Option<Result<OwnedFd>> {
+        const DMA_BUF_FD: i32 = 1;
+        let context = self.context();
+        // A driver before 11.7 has no such export.
+        let export = context.driver.functions.dma_buf?;
+        let (address, len) = (self.address(), self.len_bytes as usize);
+        let mut fd = -1;
+        // SAFETY: writes one descriptor; the range is a live block whose ends are multiples of 2 MiB.
+        let exported =
+            context.run("export a dma-buf", |_| unsafe { export(&mut fd, address, len, DMA_BUF_FD, 0) });
+        // SAFETY: the driver has just opened it for us.
+        Some(exported.map(|()| unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 }
 

@@ -1,0 +1,124 @@
+//! The event of a batch that went to the devices at once. Nothing runs for it but the devices, until somebody waits
+//! longer than a small batch takes, or something fails: then a task takes it over.
+
+use std::{
+    any::Any,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use ckpt_core::{
+    Error, ErrorKind, Result,
+    device::{Event, EventState},
+};
+use tokio::runtime::Handle;
+
+use crate::{
+    connection::Connection,
+    ending::{Completion, Ended},
+    lane::Batch,
+    mover::{self, Flight, Job},
+    node::{Node, Peer},
+};
+
+/// Who waits for a batch of at most so many bytes polls the device itself for a while: being woken takes longer.
+const POLLED_BYTES: u64 = 64 << 10;
+const POLLED_TIME: Duration = Duration::from_micros(200);
+
+pub(crate) fn event(
+    node: Arc<Node>,
+    peer: Peer,
+    job: Job,
+    flight: Flight,
+    deadline: Instant,
+) -> Result<Event> {
+    let operation = job.way.operation();
+    let runtime = Handle::try_current().map_err(|e| {
+        Error::new(ErrorKind::Internal, operation, "must be called in a tokio runtime").caused_by(e)
+    })?;
+    let bytes: u64 = job.transfers.iter().map(|(transfer, _)| transfer.memory.len_bytes()).sum();
+    let flying = Flying {
+        connection: flight.connection.clone(),
+        batch: flight.batch.clone(),
+        small: bytes <= POLLED_BYTES,
+        deadline,
+        runtime,
+        completion: Arc::new(Completion::new(operation)),
+        unattended: Mutex::new(Some((node, peer, job, flight))),
+    };
+    if !flying.small {
+        flying.connection.attend();
+    }
+    Ok(Event::new(flying))
+}
+
+struct Flying {
+    connection: Arc<Connection>,
+    batch: Arc<Batch>,
+    small: bool,
+    deadline: Instant,
+    runtime: Handle,
+    completion: Arc<Completion>,
+    /// Until a task has it.
+    unattended: Mutex<Option<(Arc<Node>, Peer, Job, Flight)>>,
+}
+
+impl std::fmt::Debug for Flying {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Flying").field("batch", &self.batch).finish_non_exhaustive()
+    }
+}
+
+impl Flying {
+    /// Hands the batch to a task, which tries again what failed and keeps the deadline.
+    fn attend(&self) {
+        let flight = self.unattended.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some((node, peer, job, flight)) = flight {
+            let (ended, deadline) = (Ended(self.completion.clone()), self.deadline);
+            self.runtime.spawn(async move {
+                let outcome = mover::drive(&node, peer, job, Some(flight), deadline).await;
+                ended.0.complete(outcome);
+            });
+        }
+    }
+
+    fn look(&self) -> Result<bool> {
+        if let Some(outcome) = self.completion.outcome.get() {
+            return outcome.clone().map(|()| true);
+        }
+        self.connection.help();
+        match self.batch.arrived() {
+            Ok(true) => return Ok(true),
+            Ok(false) if Instant::now() < self.deadline && !self.connection.lost.is_cancelled() => {}
+            _ => self.attend(),
+        }
+        Ok(false)
+    }
+}
+
+#[async_trait]
+impl EventState for Flying {
+    fn is_complete(&self) -> Result<bool> {
+        self.look()
+    }
+
+    async fn done(&self, deadline: Instant) -> Result<()> {
+        let until = Instant::now() + if self.small { POLLED_TIME } else { Duration::ZERO };
+        loop {
+            if self.look()? {
+                return Ok(());
+            }
+            if Instant::now() >= until {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        self.attend();
+        self.completion.done(deadline).await
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
