@@ -170,7 +170,7 @@ impl Job {
             ("CKPT_HUB_ADDRESS", &hub),
         ];
         let program = self.env.iter().fold(program, |p, (name, value)| p.env(name, value));
-        let program = variables.iter().chain(env).fold(program, |p, (name, value)| p.env(*name, *value));
+        let program = variables.iter().chain(env).fold(program, |p, (name, value)| p.env(name, *value));
         let process = program.env("CKPT_RUNTIME_DIR", self.runtime_dir()).args(options).spawn();
         ranks.processes[rank as usize] = Some(process);
     }
