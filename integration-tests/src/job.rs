@@ -163,7 +163,7 @@ impl Job {
             ("LOCAL_WORLD_SIZE", &world_size),
             ("CKPT_HUB_ADDRESS", &hub),
         ];
-        let program = variables.iter().chain(env).fold(program, |p, (name, value)| p.env(*name, *value));
+        let program = variables.iter().chain(env).fold(program, |p, (name, value)| p.env(name, *value));
         let process = program.env("CKPT_RUNTIME_DIR", self.runtime_dir()).args(options).spawn();
         ranks.processes[rank as usize] = Some(process);
     }
