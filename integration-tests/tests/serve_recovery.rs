@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use integration_tests::{LONG, ckpt};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use serve_support::{Cluster, request};
+use serve_support::{Cluster, exchange, request};
 
 const STEP: &str = "/v1/checkpoints/step-1";
 /// A rank that is killed closes its connections, so nobody waits for silence.
@@ -37,23 +37,29 @@ async fn until(cluster: &Cluster, rank: u32, what: &str, fits: impl Fn(&Value) -
 }
 
 /// Kills a rank's parameter server and waits until the launcher has started another.
-async fn kill_server(cluster: &mut Cluster, rank: u32) {
+async fn kill_server(cluster: &Cluster, rank: u32) {
     let pid = cluster.status(rank).await["pid"].as_i64().unwrap();
-    let (servers, line) = (cluster.servers.as_mut().unwrap(), format!("rank {rank} listens"));
-    let earlier = servers.stdout_count(&line);
     kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL).unwrap();
-    servers.stdout_line_after(&line, earlier).await;
+    let (socket, end) = (cluster.server(rank), Instant::now() + LONG);
+    loop {
+        let asked = exchange(&socket, "GET", "/v1/status", "application/json", "").await;
+        if asked.is_ok_and(|reply| reply.status == 200 && reply.json()["pid"] != pid) {
+            return;
+        }
+        assert!(Instant::now() < end, "rank {rank} was not started again");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ranks_that_are_killed_come_back_and_the_others_keep_their_memory() {
-    let mut cluster = Cluster::launch(3, &[], &["--max-restarts", "2"], &[]).await;
+    let cluster = Cluster::launch(3, &[], &["--max-restarts", "2"], &[]).await;
     cluster.expect_empty_200(&cluster.register("step-1").await);
     gather_and_update(&cluster).await;
     let before = [cluster.status(1).await, cluster.status(2).await];
 
     // Rank 0, with the hub.
-    kill_server(&mut cluster, 0).await;
+    kill_server(&cluster, 0).await;
     for (rank, before) in (1..).zip(&before) {
         let alive = |status: &Value| status["session"]["lost"].is_null() && status["metas"].is_null();
         let status = until(&cluster, rank, "joined again", alive).await;
@@ -66,7 +72,7 @@ async fn ranks_that_are_killed_come_back_and_the_others_keep_their_memory() {
     gather_and_update(&cluster).await;
 
     // Another rank: the hub lives, and tells the new process what the worker has.
-    kill_server(&mut cluster, 2).await;
+    kill_server(&cluster, 2).await;
     let status = until(&cluster, 2, "heard of its worker", |s| !s["weights"]["committed"].is_null()).await;
     assert_eq!(status["checkpoints"], json!({}));
     let known = cluster.status(0).await["hub"]["ranks"][2].clone();

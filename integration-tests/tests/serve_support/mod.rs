@@ -30,19 +30,31 @@ pub async fn request(socket: &Path, method: &str, path: &str, body: Option<Value
 }
 
 pub async fn raw(socket: &Path, method: &str, path: &str, kind: &str, body: &str) -> Reply {
-    let exchange = async {
-        let mut stream = UnixStream::connect(socket).await.unwrap();
-        let head = format!(
-            "{method} {path} HTTP/1.1\r\nhost: ps\r\nconnection: close\r\ncontent-type: {kind}\r\ncontent-length: {}\r\n\r\n",
-            body.len()
-        );
-        stream.write_all((head + body).as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        Reply { status: head.split(' ').nth(1).unwrap().parse().unwrap(), body: body.to_owned() }
-    };
-    tokio::time::timeout(LONG, exchange).await.unwrap_or_else(|_| panic!("{method} {path} had no answer"))
+    match tokio::time::timeout(LONG, exchange(socket, method, path, kind, body)).await {
+        Ok(reply) => reply.unwrap_or_else(|error| panic!("{method} {path}: {error}")),
+        Err(_) => panic!("{method} {path} had no answer"),
+    }
+}
+
+/// One request to a server that may be dead.
+pub async fn exchange(
+    socket: &Path,
+    method: &str,
+    path: &str,
+    kind: &str,
+    body: &str,
+) -> std::io::Result<Reply> {
+    let mut stream = UnixStream::connect(socket).await?;
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nhost: ps\r\nconnection: close\r\ncontent-type: {kind}\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all((head + body).as_bytes()).await?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await?;
+    let cut = || std::io::Error::other("the answer was cut off");
+    let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(cut)?;
+    Ok(Reply { status: head.split(' ').nth(1).unwrap().parse().unwrap(), body: body.to_owned() })
 }
 
 /// A running job of parameter servers with one engine for each rank, and a checkpoint in several files.
