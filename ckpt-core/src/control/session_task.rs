@@ -33,15 +33,22 @@ pub(super) fn spawn(
 ) {
     let unanswered = Unanswered::default();
     tokio::spawn(async move {
-        let end = tokio::select! {
-            biased;
-            end = read(&shared, connected.receiver, &unanswered) => end,
-            end = write(&shared, connected.writer, outgoing, &unanswered, &cancel) => end,
-            // The writer goes by itself, unless the hub takes nothing.
-            () = async { cancel.cancelled().await; tokio::time::sleep(LAST_WORDS).await } => session_dropped(),
+        // The cause is there before the others are dropped: a call that finds the writer gone must find it.
+        let lose = |end: Error| {
+            tracing::debug!(rank = shared.config.rank, %end, "the session has ended");
+            shared.lose(end);
         };
-        tracing::debug!(rank = shared.config.rank, %end, "the session has ended");
-        shared.lose(end);
+        tokio::select! {
+            biased;
+            () = async { lose(read(&shared, connected.receiver, &unanswered).await) } => {}
+            () = async { lose(write(&shared, connected.writer, outgoing, &unanswered, &cancel).await) } => {}
+            // The writer goes by itself, unless the hub takes nothing.
+            () = async {
+                cancel.cancelled().await;
+                tokio::time::sleep(LAST_WORDS).await;
+                lose(session_dropped());
+            } => {}
+        }
     });
 }
 
