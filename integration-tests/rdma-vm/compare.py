@@ -11,7 +11,7 @@ CKPT, ROUNDS = sys.argv[1], int(sys.argv[2])
 QPS, DEPTH, READS = 1, 16, 16
 OWNER, READER = "rxe_a0", "rxe_b0"
 # Of each size: messages.
-BANDWIDTH = {65536: 200, 1048576: 48}
+BANDWIDTH = {65536: 200, 1048576: 32}
 LATENCY = {8: 500}
 
 
@@ -40,11 +40,11 @@ def perftest(tool, size, iterations, options):
 def ours(size, iterations):
     """The result of one size."""
     command = [CKPT, "bench", "transport", "--transport", "rdma", "--device", "host", "--op", "read"]
-    command += ["--sizes", str(size), "--iters", str(iterations), "--warmup", "8", "--qps", str(QPS)]
-    command += ["--depth", str(DEPTH), "--hcas", f"{OWNER}/{READER}", "--json"]
+    command += ["--sizes", str(size), "--iters", str(iterations), "--warmup", "4", "--qps", str(QPS)]
+    command += ["--depth", str(DEPTH), "--hcas", f"{OWNER}/{READER}", "--timeout", "280", "--json"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if run.returncode != 0:
-        sys.exit(f"{' '.join(command)}: {run.stderr}")
+        sys.exit(f"{' '.join(command)}: {run.stdout}{run.stderr}")
     return json.loads(run.stdout.splitlines()[-1])["results"][0]
 
 

@@ -21,6 +21,7 @@ pub struct Job {
     program: &'static str,
     world_size: u32,
     source: CheckpointSource,
+    env: Vec<(String, String)>,
 }
 
 impl Job {
@@ -31,7 +32,13 @@ impl Job {
         let path = folder.path().join("checkpoint");
         save_checkpoint(&generated, &path, 8 << 20).expect("the generated checkpoint is written");
         let source = CheckpointSource::open(&path).expect("the written checkpoint opens");
-        Self { folder, program, world_size, source }
+        Self { folder, program, world_size, source, env: Vec::new() }
+    }
+
+    /// A variable of all processes that the job starts from now on.
+    pub fn with_env(mut self, name: &str, value: impl Into<String>) -> Self {
+        self.env.push((name.to_owned(), value.into()));
+        self
     }
 
     /// The checkpoint's files.
@@ -76,7 +83,9 @@ impl Job {
             .arg("--uds")
             .arg(socket)
             .args(["--rank", &rank.to_string(), "--exit-with-parent"])
-            .args(options);
+            .args(options)
+            .env("LOCAL_RANK", rank.to_string());
+        let program = self.env.iter().fold(program, |p, (name, value)| p.env(name, value));
         let mut process = program.env("CKPT_RUNTIME_DIR", self.runtime_dir()).spawn();
         process.stdout_line("listens on").await;
         process
@@ -134,13 +143,16 @@ impl Job {
             Some((command, options)) if !command.starts_with('-') => (*command, options),
             _ => ("update", options),
         };
-        let mut program = Program::new(self.program).args([command, "--json", "--device", "host"]);
+        let mut program = Program::new(self.program).args([command, "--json"]);
         if command == "update" {
             program = program.arg("--checkpoint-path").arg(self.checkpoint());
         }
-        for (name, value) in
-            [("--worker-protocol", "native"), ("--inference-parallel-size", "1"), ("--bucket-mib", "1")]
-        {
+        for (name, value) in [
+            ("--device", "host"),
+            ("--worker-protocol", "native"),
+            ("--inference-parallel-size", "1"),
+            ("--bucket-mib", "1"),
+        ] {
             if !options.contains(&name) {
                 program = program.args([name, value]);
             }
@@ -157,6 +169,7 @@ impl Job {
             ("LOCAL_WORLD_SIZE", &world_size),
             ("CKPT_HUB_ADDRESS", &hub),
         ];
+        let program = self.env.iter().fold(program, |p, (name, value)| p.env(name, value));
         let program = variables.iter().chain(env).fold(program, |p, (name, value)| p.env(name, *value));
         let process = program.env("CKPT_RUNTIME_DIR", self.runtime_dir()).args(options).spawn();
         ranks.processes[rank as usize] = Some(process);

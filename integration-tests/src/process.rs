@@ -133,10 +133,21 @@ impl Process {
 
     /// The same of a process that needs longer than [`LONG`].
     pub async fn stdout_line_within(&mut self, text: &str, within: Duration) -> String {
-        let found = self.stdout.line_within(text, within).await;
+        let found = self.stdout.line_within(text, 0, within).await;
         found.unwrap_or_else(|| {
             panic!("{} did not print `{text}` within {within:?}\n{}", self.shown, self.logs())
         })
+    }
+
+    /// How many lines with this text it has printed.
+    pub fn stdout_count(&self, text: &str) -> usize {
+        self.stdout.count(text)
+    }
+
+    /// Waits for a line with this text behind `earlier` others.
+    pub async fn stdout_line_after(&mut self, text: &str, earlier: usize) -> String {
+        let found = self.stdout.line_within(text, earlier, LONG).await;
+        found.unwrap_or_else(|| panic!("{} did not print `{text}` again\n{}", self.shown, self.logs()))
     }
 
     /// Waits for a line of stderr that contains `text`.
@@ -245,13 +256,19 @@ impl Captured {
     }
 
     async fn line(&mut self, text: &str) -> Option<String> {
-        self.line_within(text, LONG).await
+        self.line_within(text, 0, LONG).await
     }
 
-    async fn line_within(&mut self, text: &str, within: Duration) -> Option<String> {
+    fn count(&self, text: &str) -> usize {
+        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.iter().filter(|line| line.contains(text)).count()
+    }
+
+    /// The line with this text behind `earlier` others.
+    async fn line_within(&mut self, text: &str, earlier: usize, within: Duration) -> Option<String> {
         let search = |captured: &Self| {
             let lines = captured.lines.lock().unwrap_or_else(PoisonError::into_inner);
-            lines.iter().find(|line| line.contains(text)).cloned()
+            lines.iter().filter(|line| line.contains(text)).nth(earlier).cloned()
         };
         let wait = async {
             loop {

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends where its set-up fails")]
 
-use integration_tests::{Finished, Program, ascend::Emulator, ckpt};
+use integration_tests::{Finished, Job, LONG, Program, ascend::Emulator, ckpt, names};
 use serde_json::{Value, json};
 
 struct Npus {
@@ -127,6 +127,33 @@ async fn an_engine_is_named_after_the_chip_that_npu_smi_finds_it_on() {
         .arg(npus.folder.path().join("other.sock"));
     let mut worker = npus.on(program).spawn();
     assert!(worker.stdout_line("engine of").await.contains("-5 listens on"));
+}
+
+#[tokio::test]
+async fn a_parameter_server_that_is_killed_is_named_and_the_next_update_succeeds() {
+    const VICTIM: u32 = 2;
+    let emulator = Emulator::new();
+    let job = Job::new(env!("CARGO_BIN_EXE_ckpt-under-test"), 3, 8)
+        .with_env("CKPT_ASCEND_LIBRARY_DIR", emulator.path().to_str().unwrap());
+    let mut workers = job.workers(&["--device", "ascend", "--slow-ms", "500", "--fault-once"]).await;
+    let mut ranks = job.update(&["--device", "ascend"]);
+    job.in_the_middle(VICTIM).await;
+    let killed = std::time::Instant::now();
+    ranks.take(VICTIM).signal(rustix::process::Signal::KILL);
+    for (rank, finished) in ranks.finish(LONG).await {
+        assert!(!finished.status.success(), "rank {rank}: {}", finished.stdout);
+        let line = finished.error_line();
+        assert!(names(line, VICTIM), "rank {rank} does not name {VICTIM}: {line}");
+    }
+    // HCCL notices nothing by itself: the control plane does.
+    assert!(killed.elapsed() < std::time::Duration::from_secs(20), "{:?}", killed.elapsed());
+    workers[VICTIM as usize].stderr_line("the update failed").await;
+    for (_, finished) in job.update(&["--device", "ascend"]).finish(LONG).await {
+        finished.expect_code(0);
+    }
+    for rank in 0..3 {
+        job.assert_holds(rank).await;
+    }
 }
 
 #[tokio::test]

@@ -39,9 +39,10 @@ async fn until(cluster: &Cluster, rank: u32, what: &str, fits: impl Fn(&Value) -
 /// Kills a rank's parameter server and waits until the launcher has started another.
 async fn kill_server(cluster: &mut Cluster, rank: u32) {
     let pid = cluster.status(rank).await["pid"].as_i64().unwrap();
+    let (servers, line) = (cluster.servers.as_mut().unwrap(), format!("rank {rank} listens"));
+    let earlier = servers.stdout_count(&line);
     kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL).unwrap();
-    let servers = cluster.servers.as_mut().unwrap();
-    servers.stdout_line(&format!("rank {rank} listens")).await;
+    servers.stdout_line_after(&line, earlier).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -180,6 +180,7 @@ impl Case {
         if self.hold().is_none() && struck_later(self.victim) {
             // Now the last rank comes, and the update meets what was struck.
             job.start(&mut ranks, RANKS - 1, OPTIONS);
+            ranks.get(RANKS - 1).stderr_line("gathering").await;
             begun = Instant::now();
         }
         let ended = ranks.finish(LONG).await;
