@@ -123,7 +123,7 @@ async fn members_of_one_process_need_no_mapping() {
     let [mut a, mut b] = pair(true).await;
     let (from, to) = (a.memory(&[7; 5000]), b.memory(&[1; 5000]));
     let (sent, received) = tokio::join!(a.broadcast(0, &from, 5000), b.broadcast(0, &to, 5000));
-    (sent.unwrap(), received.unwrap());
+    sent.and(received).unwrap();
     assert_eq!(fetch(&b.device, BufferSlice::new(to, 0..5000).unwrap()).await, [7; 5000]);
 }
 
@@ -132,7 +132,7 @@ async fn lent_memory_is_freed_once_the_other_has_let_go() {
     let [mut a, mut b] = pair(false).await;
     let (from, to) = (a.memory(&[7; 100]), b.memory(&[1; 100]));
     let (sent, received) = tokio::join!(a.broadcast(0, &from, 100), b.broadcast(0, &to, 100));
-    (sent.unwrap(), received.unwrap());
+    sent.and(received).unwrap();
     let (from_at, to_at) = (from.address(), to.address());
     drop((from, to));
     assert!(!fake::is_allocated(from_at), "nobody has the source mapped");
@@ -140,7 +140,7 @@ async fn lent_memory_is_freed_once_the_other_has_let_go() {
     // The group goes on, with memory that the other has never seen.
     let (from, to) = (a.memory(&[9; 100]), b.memory(&[1; 100]));
     let (sent, received) = tokio::join!(b.broadcast(1, &to, 100), a.broadcast(1, &from, 100));
-    (sent.unwrap(), received.unwrap());
+    sent.and(received).unwrap();
     assert_eq!(fetch(&a.device, BufferSlice::new(from, 0..100).unwrap()).await, [1; 100]);
 }
 
@@ -165,7 +165,7 @@ async fn a_member_that_leaves_in_peace_fails_only_what_needs_it() {
     let [mut a, mut b] = pair(false).await;
     let (from, to) = (a.memory(&[3; 64]), b.memory(&[1; 64]));
     let (sent, received) = tokio::join!(a.broadcast(0, &from, 64), b.broadcast(0, &to, 64));
-    (sent.unwrap(), received.unwrap());
+    sent.and(received).unwrap();
     drop(b.communicator);
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(a.communicator.abort.poisoned().is_none());
