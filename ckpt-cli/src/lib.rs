@@ -10,6 +10,7 @@ mod ascend_worker;
 mod command;
 #[cfg(feature = "nccl")]
 mod cuda_worker;
+mod deadlines;
 mod exit;
 mod failure;
 mod job;
@@ -19,6 +20,7 @@ mod logging;
 mod machine;
 mod output;
 mod picture;
+mod policy;
 mod progress;
 
 use std::{

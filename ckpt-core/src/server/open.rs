@@ -62,6 +62,10 @@ pub async fn open(options: OpenOptions, registry: &Registry) -> Result<Opened> {
         DeviceConfig { rank: cluster.rank, local_rank: cluster.local_rank, runtime_dir: runtime_dir.clone() };
     let device = registry.open_device(&device, &device_config)?;
     let job = Job::join(job).await?;
+    // A parameter server that died may have left this device's worker waiting for it.
+    let uuid = device.info().uuid.clone();
+    let freeing = crate::sink::release_in_background(runtime_dir.clone(), Some(uuid));
+    tracing::trace!(?freeing, "looking for stranded workers");
     let bind = match bind {
         Some(address) => address,
         None if cluster.is_single_host() => IpAddr::V4(Ipv4Addr::LOCALHOST),

@@ -298,7 +298,7 @@ impl PullTask {
             let (trace, limit) = (self.trace.clone(), self.limit);
             self.pulling.spawn(stop.clone().run_until_cancelled_owned(async move {
                 let start = trace.now();
-                let outcome = puller.pull(&plan.buckets[bucket as usize], &*h2d, limit).await;
+                let outcome = puller.pull(&plan.buckets[bucket as usize], bucket, &*h2d, limit).await;
                 drop(place);
                 trace.end(Stage::Pull, Some(bucket), start);
                 // Nobody waits after an abort.

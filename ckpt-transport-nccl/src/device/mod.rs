@@ -7,7 +7,7 @@
 mod batch;
 mod driver;
 mod event;
-mod loans;
+pub(crate) mod loans;
 pub(crate) mod memory;
 mod pieces;
 mod ring;
