@@ -53,6 +53,8 @@ pub(crate) fn event(
     Ok(Event::new(flying))
 }
 
+type Unattended = (Arc<Node>, Peer, Job, Flight);
+
 struct Flying {
     connection: Arc<Connection>,
     batch: Arc<Batch>,
@@ -61,7 +63,7 @@ struct Flying {
     runtime: Handle,
     completion: Arc<Completion>,
     /// Until a task has it.
-    unattended: Mutex<Option<(Arc<Node>, Peer, Job, Flight)>>,
+    unattended: Mutex<Option<Unattended>>,
 }
 
 impl std::fmt::Debug for Flying {

@@ -46,6 +46,9 @@ pub(super) struct Descriptor {
     pub(super) rkey: Vec<u8>,
 }
 
+/// Only one link to a peer is made at a time.
+type Slot = Arc<tokio::sync::Mutex<Option<Arc<Link>>>>;
+
 pub(super) struct Node {
     pub(super) id: Id,
     pub(super) secret: [u8; 32],
@@ -54,7 +57,7 @@ pub(super) struct Node {
     pub(super) regions: Arc<Regions>,
     stop: CancellationToken,
     job_secret: Vec<u8>,
-    links: Mutex<HashMap<Peer, Arc<tokio::sync::Mutex<Option<Arc<Link>>>>>>,
+    links: Mutex<HashMap<Peer, Slot>>,
 }
 
 impl Node {
