@@ -1,7 +1,7 @@
 //! The pulling half of a P2P update: who receives, where the owners' memory is, and the reads of one bucket.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, btree_map::Entry},
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
@@ -290,7 +290,7 @@ impl Puller {
                 let left = deadline.saturating_duration_since(Instant::now());
                 // What is to be read from somebody else needs time, too.
                 let until = if replaceable { Instant::now() + left / 2 } else { deadline };
-                match self.from_owner(owner, &parts, bucket, until).await {
+                match self.read_owner(owner, &parts, bucket, until).await {
                     Ok(()) => return Ok(()),
                     Err(cause) if !replaceable => return Err(cause),
                     Err(cause) => {
@@ -305,11 +305,11 @@ impl Puller {
         for (segment, into) in &parts {
             self.pieces(segment, into, &mut pieces)?;
         }
-        self.from_others(pieces, deadline, cause).await?;
+        self.read_others(pieces, deadline, cause).await?;
         self.check(owner, &parts, bucket).await
     }
 
-    async fn from_owner(
+    async fn read_owner(
         &self,
         owner: Rank,
         parts: &[(&Segment, BufferSlice)],
@@ -335,10 +335,10 @@ impl Puller {
 
     fn region(&self, owner: Rank, arena: u32) -> Result<Arc<RemoteRegion>> {
         let mut regions = lock(&self.regions);
-        if !regions.contains_key(&owner) {
+        if let Entry::Vacant(vacant) = regions.entry(owner) {
             let metas = self.pull.metas.ranks.get(&owner).ok_or_else(not_looked_up)?;
             let found = regions_of(metas, self.pull.reader.name()).map_err(|e| e.with(Key::Rank, owner))?;
-            regions.insert(owner, found.into_iter().map(Arc::new).collect());
+            vacant.insert(found.into_iter().map(Arc::new).collect());
         }
         regions.get(&owner).and_then(|r| r.get(arena as usize)).cloned().ok_or_else(not_looked_up)
     }
@@ -408,7 +408,7 @@ impl Puller {
     }
 
     /// Reads each piece from the first holder that gives it; `cause` is why the owner does not.
-    async fn from_others(&self, mut pieces: Vec<Piece>, deadline: Instant, mut cause: Error) -> Result<()> {
+    async fn read_others(&self, mut pieces: Vec<Piece>, deadline: Instant, mut cause: Error) -> Result<()> {
         while !pieces.is_empty() {
             let mut batches: BTreeMap<Rank, (Vec<ReadOp>, Vec<Piece>)> = BTreeMap::new();
             for piece in pieces.drain(..) {
