@@ -60,12 +60,12 @@ fn predictions_are_within_15_percent_of_what_was_measured() {
     let theirs = Some(WorkerCosts::CHECKPOINT_ENGINE);
     let prototype = [("prototype, 1 GPU", 1, None, 0.297), ("prototype, 2 GPUs", 2, None, 0.149)];
     let updates = [
-        ("update, 1 GPU, native worker", 1, native, 0.312),
-        ("update, 2 GPUs, native worker", 2, native, 0.190),
-        ("update, 1 GPU, checkpoint-engine's worker", 1, theirs, 0.546),
-        ("update, 2 GPUs, checkpoint-engine's worker", 2, theirs, 0.436),
-        ("update, 1 GPU, no worker", 1, None, 0.315),
-        ("update, 2 GPUs, no worker", 2, None, 0.170),
+        ("update, 1 GPU, native worker", 1, native, 0.305),
+        ("update, 2 GPUs, native worker", 2, native, 0.178),
+        ("update, 1 GPU, checkpoint-engine's worker", 1, theirs, 0.445),
+        ("update, 2 GPUs, checkpoint-engine's worker", 2, theirs, 0.354),
+        ("update, 1 GPU, no worker", 1, None, 0.304),
+        ("update, 2 GPUs, no worker", 2, None, 0.164),
     ];
     let plans = [1, 2].map(|ranks| broadcast(generate::qwen3_8b_shapes(), ranks));
     let mut wrong = Vec::new();

@@ -139,7 +139,7 @@ async fn a_slow_link_takes_as_long_as_predicted() {
 
     // Two ranks on each node, all of which update their engines.
     let _workers = job.workers(&[]).await;
-    let update = ["update", "--checkpoint-path", checkpoint, "--repeat", "2"];
+    let update = ["update", "--checkpoint-path", checkpoint, "--repeat", "3"];
     let started: Vec<Process> = (0..2)
         .map(|node| {
             let number = node.to_string();

@@ -134,7 +134,7 @@ impl WorkerCosts {
         per_bucket_us: 150.0,
         per_tensor_us: 18.5,
         beside_collective_us: 700.0,
-        end_ms: 190.0,
+        end_ms: 115.0,
     };
 }
 
