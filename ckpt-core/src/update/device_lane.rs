@@ -11,7 +11,7 @@ use std::{
 
 use tokio::{
     sync::{Semaphore, mpsc, oneshot},
-    task::JoinHandle,
+    task::{JoinHandle, JoinSet},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -39,9 +39,8 @@ struct InFlight {
     deadline: Instant,
 }
 
-/// Buckets that are pulled at once: one that keeps the links busy while the next begins. More would only make the
-/// first one later.
-const PULLS_AT_ONCE: usize = 2;
+/// A read shares its links with the others under way, so it takes as long as this many that have them alone.
+const SHARED_LINKS: u32 = 2;
 
 /// A tensor larger than a bucket is loaded and sent in pieces of a bucket's size, but no smaller than this: the group
 /// would otherwise wait for the whole load, and the next loads for the whole exchange.
@@ -145,8 +144,7 @@ impl DeviceLane {
                 plan: work.plan.clone(),
                 puller,
                 h2d: h2d.clone(),
-                // As many are under way, and share the links.
-                limit: work.bucket_deadline * PULLS_AT_ONCE as u32,
+                limit: work.bucket_deadline * SHARED_LINKS,
                 trace: trace.clone(),
                 inbox,
                 pulling: pulling.clone(),
@@ -277,7 +275,7 @@ impl DeviceLane {
     }
 }
 
-/// Starts pulls in plan order, a few at once.
+/// Posts reads in plan order, a few at once.
 struct PullTask {
     plan: Arc<UpdatePlan>,
     puller: Arc<Puller>,
@@ -285,27 +283,62 @@ struct PullTask {
     limit: Duration,
     trace: Trace,
     pulling: TaskTracker,
-    inbox: mpsc::UnboundedReceiver<(u32, oneshot::Sender<Result<Option<DeviceEvent>>>)>,
+    inbox: mpsc::UnboundedReceiver<PullOrder>,
 }
 
 impl PullTask {
     async fn run(mut self, stop: CancellationToken) {
-        let places = Arc::new(Semaphore::new(PULLS_AT_ONCE));
+        let places = Arc::new(Semaphore::new(self.puller.reads_at_once));
         while let Some((bucket, done)) = self.inbox.recv().await {
-            // The semaphore is never closed.
-            let Ok(place) = places.clone().acquire_owned().await else { return };
+            let start = self.trace.now();
+            let posted = self.post(bucket, &places, &stop).await;
             let (plan, puller, h2d) = (self.plan.clone(), self.puller.clone(), self.h2d.clone());
-            let (trace, limit) = (self.trace.clone(), self.limit);
+            let trace = self.trace.clone();
             self.pulling.spawn(stop.clone().run_until_cancelled_owned(async move {
-                let start = trace.now();
-                let outcome = puller.pull(&plan.buckets[bucket as usize], &*h2d, limit).await;
-                drop(place);
+                let outcome = match posted {
+                    Ok(reads) => all_read(reads)
+                        .await
+                        .and_then(|()| puller.settle(&plan.buckets[bucket as usize], &*h2d)),
+                    Err(cause) => Err(cause),
+                };
                 trace.end(Stage::Pull, Some(bucket), start);
                 // Nobody waits after an abort.
                 let _ = done.send(outcome);
             }));
         }
     }
+
+    /// Returns when the bucket's last read has a place among those under way.
+    async fn post(&self, bucket: u32, places: &Arc<Semaphore>, stop: &CancellationToken) -> Result<Reads> {
+        let mut tasks = JoinSet::new();
+        for read in self.puller.reads(&self.plan.buckets[bucket as usize])? {
+            let place = places.clone().acquire_owned().await.map_err(|_| stopped())?;
+            let (puller, limit) = (self.puller.clone(), self.limit);
+            let task = async move {
+                let outcome = puller.read(read, limit).await;
+                drop(place);
+                outcome
+            };
+            tasks.spawn(self.pulling.track_future(stop.clone().run_until_cancelled_owned(task)));
+        }
+        Ok(tasks)
+    }
+}
+
+/// The reads of one bucket; those that were stopped answer nothing.
+type Reads = JoinSet<Option<Result<()>>>;
+
+async fn all_read(mut reads: Reads) -> Result<()> {
+    while let Some(read) = reads.join_next().await {
+        match read {
+            Ok(Some(outcome)) => outcome?,
+            Ok(None) => return Err(stopped()),
+            Err(error) => {
+                return Err(Error::new(ErrorKind::Internal, "pull weights", "a task ended").caused_by(error));
+            }
+        }
+    }
+    Ok(())
 }
 
 struct ExchangeTask {

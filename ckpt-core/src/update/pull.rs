@@ -7,7 +7,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::future::try_join_all;
 
 use crate::{
     control::Member,
@@ -16,7 +15,7 @@ use crate::{
     metas::{Metas, RankMetas},
     plan::{Bucket, Location, Segment, UpdatePlan, choose_receivers},
     transport::{ReadOp, RemoteRegion, Transport},
-    types::Rank,
+    types::{Rank, align_up},
 };
 
 const OPERATION: &str = "pull weights";
@@ -24,6 +23,14 @@ const OPERATION: &str = "pull weights";
 const FORMAT: u8 = 1;
 /// A read ends by itself at its deadline and then says more than a wait that gives up.
 const GRACE: Duration = Duration::from_secs(1);
+/// Reads that a receiver has under way: enough to keep many owners' links busy at once. One that pulls more than others
+/// has more of them, since owners' links serve all reads alike.
+const READS_AT_ONCE: u64 = 32;
+/// All receivers' reads under way fill this part of the ring. With more, late buckets would hold up early ones; with
+/// less, owners that a bucket has little of would wait.
+const PART_UNDER_WAY: u64 = 2;
+/// No read is made smaller than this: its round trip would cost more than balance gains.
+const MIN_READ_BYTES: u64 = 256 << 10;
 
 /// What a P2P update needs besides plan and ring.
 #[derive(Clone, Debug)]
@@ -78,7 +85,15 @@ impl Pull {
         let direct = memory.memory() != MemoryKind::Device
             || self.reader.capability().devices.contains(&self.device.kind());
         let staging = if direct { None } else { Some(staging(&*self.device, memory.len_bytes())?) };
-        Ok(Some(Puller { rank, pull: self.clone(), regions, memory, staging }))
+        let mut loads: BTreeMap<Rank, u128> = BTreeMap::new();
+        for segment in plan.buckets.iter().flat_map(|b| &b.segments) {
+            *loads.entry(segment.root).or_default() += u128::from(segment.len_bytes);
+        }
+        let reads = READS_AT_ONCE * loads.len() as u64;
+        let (own, all) = (loads.get(&rank).copied().unwrap_or(0), loads.values().sum::<u128>().max(1));
+        let reads_at_once = ((own * u128::from(reads) + all / 2) / all).max(1) as usize;
+        let read_bytes = (plan.ring_bytes / PART_UNDER_WAY / reads).max(MIN_READ_BYTES);
+        Ok(Some(Puller { rank, pull: self.clone(), regions, memory, staging, read_bytes, reads_at_once }))
     }
 
     /// Whether `rank` holds the segment itself: then it is copied, not pulled.
@@ -181,6 +196,17 @@ pub(super) struct Puller {
     memory: Arc<dyn Buffer>,
     /// Where the bytes go first, if the transport cannot read into the device's memory.
     staging: Option<Arc<dyn Buffer>>,
+    /// No read is larger.
+    read_bytes: u64,
+    /// So many may be under way.
+    pub(super) reads_at_once: usize,
+}
+
+/// A batch of bytes of one owner, so that a failure names it.
+#[derive(Debug)]
+pub(super) struct Read {
+    owner: Rank,
+    ops: Vec<ReadOp>,
 }
 
 impl Puller {
@@ -189,48 +215,79 @@ impl Puller {
         segment.root == self.rank && !self.pull.is_own(self.rank, segment)
     }
 
-    /// Pulls this rank's segments of `bucket`. Returns when the bytes are here; with an event to wait for if `h2d` has
-    /// still to take them into the ring. The ring's bytes must be free.
-    pub(super) async fn pull(
-        &self,
-        bucket: &Bucket,
-        h2d: &dyn Stream,
-        limit: Duration,
-    ) -> Result<Option<Event>> {
-        let deadline = Instant::now() + limit;
+    fn segments<'a>(&'a self, bucket: &'a Bucket) -> impl Iterator<Item = &'a Segment> {
+        bucket.segments.iter().filter(|s| self.pulls(s) && s.len_bytes > 0)
+    }
+
+    /// The reads of this rank's segments of `bucket`, in the order in which they should be posted: owners take turns, so
+    /// that whatever is under way has a part of each. The ring's bytes must be free.
+    pub(super) fn reads(&self, bucket: &Bucket) -> Result<Vec<Read>> {
         let into = self.staging.as_ref().unwrap_or(&self.memory);
-        let mut batches: BTreeMap<Rank, Vec<ReadOp>> = BTreeMap::new();
-        let mut copies = Vec::new();
-        for segment in bucket.segments.iter().filter(|s| self.pulls(s) && s.len_bytes > 0) {
-            let region = self.regions.get(&(segment.owner, segment.arena)).ok_or_else(|| {
-                Error::new(ErrorKind::Internal, OPERATION, "a segment's memory was not looked up")
-            })?;
-            let range = segment.ring_offset..segment.ring_offset + segment.len_bytes;
-            let into = BufferSlice::new(into.clone(), range.clone())?;
-            if self.staging.is_some() {
-                copies.push((into.clone(), BufferSlice::new(self.memory.clone(), range)?));
-            }
-            let op = ReadOp { region: region.clone(), offset: segment.arena_offset, into };
-            batches.entry(segment.owner).or_default().push(op);
+        let mut owners: BTreeMap<Rank, Vec<&Segment>> = BTreeMap::new();
+        for segment in self.segments(bucket) {
+            owners.entry(segment.owner).or_default().push(segment);
         }
+        tracing::debug!(rank = self.rank, owners = ?owners.keys(), "pulling a bucket");
+        let mut reads: Vec<(u64, Read)> = Vec::new();
+        for (owner, segments) in owners {
+            let count = segments.iter().map(|s| s.len_bytes).sum::<u64>().div_ceil(self.read_bytes);
+            let each = align_up(segments.iter().map(|s| s.len_bytes).sum::<u64>().div_ceil(count));
+            let mut left = 0;
+            for segment in segments {
+                let region = self.regions.get(&(owner, segment.arena)).ok_or_else(|| {
+                    Error::new(ErrorKind::Internal, OPERATION, "a segment's memory was not looked up")
+                })?;
+                let mut start = 0;
+                while start < segment.len_bytes {
+                    if left == 0 {
+                        let number = reads.iter().filter(|(_, read)| read.owner == owner).count() as u64;
+                        let middle = ((2 * number + 1) << 32) / (2 * count);
+                        reads.push((middle, Read { owner, ops: Vec::new() }));
+                        left = each;
+                    }
+                    let len_bytes = left.min(segment.len_bytes - start);
+                    let place = segment.ring_offset + start;
+                    let op = ReadOp {
+                        region: region.clone(),
+                        offset: segment.arena_offset + start,
+                        into: BufferSlice::new(into.clone(), place..place + len_bytes)?,
+                    };
+                    if let Some((_, read)) = reads.last_mut() {
+                        read.ops.push(op);
+                    }
+                    start += len_bytes;
+                    left -= len_bytes;
+                }
+            }
+        }
+        reads.sort_by_key(|(middle, read)| (*middle, read.owner));
+        Ok(reads.into_iter().map(|(_, read)| read).collect())
+    }
+
+    /// Posts `read` and waits for its bytes.
+    pub(super) async fn read(&self, Read { owner, ops }: Read, limit: Duration) -> Result<()> {
         let Some(one_sided) = self.pull.reader.one_sided() else {
             return Err(Error::new(ErrorKind::Internal, OPERATION, "the transport lost its one-sided facet"));
         };
-        tracing::debug!(rank = self.rank, owners = ?batches.keys(), "pulling a bucket");
-        // One batch an owner, so that a failure names it.
-        let mut reads = Vec::with_capacity(batches.len());
-        for (owner, ops) in batches {
-            let event = one_sided.post_read(ops, deadline).map_err(|e| self.blame(owner, e))?;
-            reads.push(async move { event.done(deadline + GRACE).await.map_err(|e| self.blame(owner, e)) });
-        }
-        try_join_all(reads).await?;
-        if self.memory.memory() == MemoryKind::Device && self.staging.is_none() {
-            self.pull.device.flush_remote_writes()?;
-        }
-        if copies.is_empty() {
+        let deadline = Instant::now() + limit;
+        let read = async { one_sided.post_read(ops, deadline)?.done(deadline + GRACE).await };
+        read.await.map_err(|e| self.blame(owner, e))
+    }
+
+    /// After all reads of `bucket`: makes their bytes visible in the ring, or has `h2d` take them there and answers what
+    /// to wait for.
+    pub(super) fn settle(&self, bucket: &Bucket, h2d: &dyn Stream) -> Result<Option<Event>> {
+        let Some(staging) = &self.staging else {
+            if self.memory.memory() == MemoryKind::Device {
+                self.pull.device.flush_remote_writes()?;
+            }
             return Ok(None);
+        };
+        for segment in self.segments(bucket) {
+            let range = segment.ring_offset..segment.ring_offset + segment.len_bytes;
+            let from = BufferSlice::new(staging.clone(), range.clone())?;
+            h2d.copy(from, BufferSlice::new(self.memory.clone(), range)?)?;
         }
-        copies.into_iter().try_for_each(|(from, to)| h2d.copy(from, to))?;
         h2d.record().map(Some)
     }
 
