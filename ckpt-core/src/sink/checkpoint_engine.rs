@@ -18,7 +18,7 @@ use super::{
     zmtp::{Replier, ZmtpError},
 };
 use crate::{
-    device::Ring,
+    device::{Ring, host::check_private_dir},
     error::{Error, ErrorKind, Key, Result},
     liveness,
     worker::wire::clip,
@@ -222,7 +222,7 @@ impl WeightSink for CheckpointEngineSink {
 /// Frees the workers of the device `uuid` that wait for a parameter server which died: binds the endpoint that it left
 /// in `runtime_dir` again and sends an exception. Returns how many were told by the deadline. Call it at start.
 pub async fn release_stranded_workers(runtime_dir: &Path, uuid: &str, deadline: Instant) -> Result<u32> {
-    gate::check_private_dir(runtime_dir)?;
+    check_private_dir(runtime_dir)?;
     let entries = std::fs::read_dir(runtime_dir).map_err(|e| {
         Error::new(ErrorKind::Backend, "look for stranded workers", "cannot read the runtime folder")
             .with(Key::Path, runtime_dir.display())
