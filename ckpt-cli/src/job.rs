@@ -11,15 +11,16 @@ pub(crate) use ckpt_core::server::{Reading, address_towards};
 use ckpt_core::{
     Error, ErrorKind,
     control::{self, JobOptions},
-    deadlines::Deadlines,
     device::runtime_dir,
-    layer::ChaosConfig,
+    layer::{Chaos, ChaosConfig},
     plan::PlanLimits,
     server::{OpenOptions, Opened, ParameterServer, open},
     topology::numa,
     transport::Registry,
 };
 use clap::Args;
+
+use crate::deadlines::DeadlineArgs;
 
 /// Options of every command that is a rank of a job
 #[derive(Args, Clone, Debug)]
@@ -45,18 +46,6 @@ pub(crate) struct JobArgs {
     /// Connections between two ranks, for transports that stripe
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64), value_name = "N")]
     connections: u8,
-    /// Time for all ranks to come
-    #[arg(long, default_value = "60", value_parser = seconds, value_name = "SECONDS")]
-    join_timeout: Duration,
-    /// Time for the engine, its worker and the way to the other ranks to be ready; the whole update's, if that is less
-    #[arg(long, default_value = "300", value_parser = seconds, value_name = "SECONDS")]
-    ready_timeout: Duration,
-    /// Time for one bucket
-    #[arg(long, default_value = "30", value_parser = seconds, value_name = "SECONDS")]
-    bucket_timeout: Duration,
-    /// Time for a whole update
-    #[arg(long, default_value = "300", value_parser = seconds, value_name = "SECONDS")]
-    timeout: Duration,
     /// Faults on the way between the ranks, by seed: for tests
     #[arg(long, hide = true, value_name = "SEED")]
     chaos: Option<u64>,
@@ -69,6 +58,8 @@ pub(crate) struct JobArgs {
     /// Aim at buckets of this size
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1 << 20), value_name = "MIB")]
     bucket_mib: Option<u64>,
+    #[command(flatten)]
+    deadlines: DeadlineArgs,
 }
 
 /// Bad enough that most updates of some buckets meet a fault. Wrong bytes are for the digests to find, not for this.
@@ -81,14 +72,6 @@ const CHAOS: ChaosConfig = ChaosConfig {
     cut_ppm: 60_000,
     spare: 0,
 };
-
-/// A time limit: more than nothing and at most a day.
-fn seconds(text: &str) -> Result<Duration, String> {
-    match text.parse::<f64>() {
-        Ok(seconds) if seconds > 0.0 && seconds <= 86_400.0 => Ok(Duration::from_secs_f64(seconds)),
-        _ => Err("write seconds above 0 and at most 86400".to_owned()),
-    }
-}
 
 /// A rank that has joined its job.
 pub(crate) struct Rank {
@@ -114,13 +97,7 @@ impl Rank {
         reading: Reading,
     ) -> anyhow::Result<Self> {
         let env = |name: &str| std::env::var(name).ok();
-        let deadlines = Deadlines {
-            join: args.join_timeout,
-            bucket: args.bucket_timeout,
-            total: args.timeout,
-            ready: args.ready_timeout.min(args.timeout),
-            ..Deadlines::default()
-        };
+        let deadlines = args.deadlines.deadlines();
         let mut limits = PlanLimits::from_env(&env).map_err(Error::from)?;
         if let Some(mib) = args.bucket_mib {
             limits.target_bucket_bytes = mib << 20;
@@ -134,11 +111,14 @@ impl Rank {
             reading,
             bind: args.bind,
             connections: usize::from(args.connections),
-            chaos: args.chaos.map(|seed| ChaosConfig { seed, ..CHAOS }),
             limits,
         };
         let Opened { job, mut server, transport } = open(options, registry).await?;
         server.keep_ring(args.keep_ring);
+        if let Some(seed) = args.chaos {
+            let seed = seed ^ (u64::from(job.cluster.rank) << 32);
+            server = server.with_layer(|inner| Chaos::wrap(inner, ChaosConfig { seed, ..CHAOS }));
+        }
         if let Some(node) = server.device().info().numa_node.filter(|_| !args.no_numa) {
             match numa::bind_process(Path::new(numa::SYSFS), node) {
                 Ok(Some(cpus)) => tracing::info!(node, cpus, "keeps to the NUMA node of its device"),
@@ -152,8 +132,8 @@ impl Rank {
             server,
             transport,
             runtime_dir,
-            join: args.join_timeout,
-            total: args.timeout,
+            join: deadlines.join,
+            total: deadlines.total,
             gathers: 0,
         })
     }

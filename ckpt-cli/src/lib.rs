@@ -10,6 +10,7 @@ mod ascend_worker;
 mod command;
 #[cfg(feature = "nccl")]
 mod cuda_worker;
+mod deadlines;
 mod exit;
 mod failure;
 mod job;
@@ -19,6 +20,7 @@ mod logging;
 mod machine;
 mod output;
 mod picture;
+mod policy;
 mod progress;
 
 use std::{
@@ -280,7 +282,7 @@ mod tests {
     fn native_transports_come_first_and_names_are_unique() {
         let registry = registry();
         let names: Vec<_> = registry.transports().map(|t| t.name()).collect();
-        let order = ["cuda", "cuda-ipc", "nccl", "hccl", "rdma", "ucx", "mooncake", "local", "tcp"];
+        let order = ["cuda", "cuda-ipc", "nccl", "hccl", "rdma", "mooncake", "local", "tcp", "ucx"];
         let expected: Vec<_> = order.into_iter().filter(|name| names.contains(name)).collect();
         assert_eq!(names, expected);
         let devices: Vec<_> = registry.devices().map(|d| d.kind()).collect();

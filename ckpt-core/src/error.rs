@@ -146,6 +146,13 @@ impl Error {
         self
     }
 
+    /// Says what happened afterwards, behind the message.
+    #[must_use]
+    pub fn followed_by(mut self, text: impl fmt::Display) -> Self {
+        self.message = format!("{}; {text}", self.message);
+        self
+    }
+
     /// The kind.
     pub fn kind(&self) -> ErrorKind {
         self.kind

@@ -20,7 +20,7 @@ use axum::{
 };
 use ckpt_core::{
     ErrorKind, Key, Result, Version,
-    engine::{Engine, EngineConfig, EngineRequest, HttpTemplate, create},
+    engine::{Engine, EngineConfig, EngineRequest, HttpTemplate, PauseMode, create},
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -278,4 +278,49 @@ async fn none_has_nobody_to_tell_and_unknown_engines_are_named() {
             && error.message().contains("vllm, vllm-native, sglang, http, none"),
         "{error}"
     );
+}
+
+/// Answers pausing and resuming, and writes down what it was asked.
+async fn pausing(status: StatusCode) -> (String, Arc<Mutex<Vec<String>>>) {
+    let asked = Arc::<Mutex<Vec<String>>>::default();
+    let seen = asked.clone();
+    let router = Router::new().fallback(move |uri: axum::http::Uri, body: String| async move {
+        let body = if body == "{}" { String::new() } else { body };
+        seen.lock().unwrap().push(format!("{uri}{body}"));
+        (status, "said so")
+    });
+    (on_tcp(router).await, asked)
+}
+
+#[tokio::test]
+async fn engines_are_paused_and_resumed_in_their_own_words() {
+    let of_vllm = ["/pause?mode=wait", "/reset_prefix_cache?reset_running_requests=true", "/resume"];
+    let of_sglang = [r#"/pause_generation{"mode":"retract"}"#, "/continue_generation"];
+    for (kind, expected) in [("vllm", &of_vllm[..]), ("sglang", &of_sglang)] {
+        let (endpoint, asked) = pausing(StatusCode::OK).await;
+        let engine = engine(kind, &endpoint);
+        assert!(engine.pause(PauseMode::Wait, within(LONG)).await.unwrap());
+        engine.resume(within(LONG)).await.unwrap();
+        assert_eq!(*asked.lock().unwrap(), expected, "{kind}");
+        // An engine that has no such call serves on; one that refuses is an error before anything was touched.
+        let (endpoint, _) = pausing(StatusCode::NOT_FOUND).await;
+        assert!(!self::engine(kind, &endpoint).pause(PauseMode::Keep, within(LONG)).await.unwrap());
+        let (endpoint, _) = pausing(StatusCode::INTERNAL_SERVER_ERROR).await;
+        let error = self::engine(kind, &endpoint).pause(PauseMode::Keep, within(LONG)).await.unwrap_err();
+        assert!(error.message().contains("500") && error.message().contains("said so"), "{error}");
+    }
+    let (endpoint, asked) = pausing(StatusCode::OK).await;
+    let config = |template: HttpTemplate| EngineConfig {
+        kind: "http".into(),
+        endpoint: format!("{endpoint}/custom/update"),
+        uds: None,
+        template: Some(template),
+    };
+    let plain = create(config(HttpTemplate::default())).unwrap();
+    assert!(!plain.pause(PauseMode::Keep, within(LONG)).await.unwrap());
+    let template = HttpTemplate::default().paused_at("/stop?how={mode}", "/go");
+    let engine = create(config(template)).unwrap();
+    assert!(engine.pause(PauseMode::Abort, within(LONG)).await.unwrap());
+    engine.resume(within(LONG)).await.unwrap();
+    assert_eq!(*asked.lock().unwrap(), ["/stop?how=abort", "/go"]);
 }

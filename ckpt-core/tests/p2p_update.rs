@@ -3,8 +3,11 @@
 
 mod p2p_support;
 
-use ckpt_core::{ErrorKind, Key, update::trace::Stage};
-use p2p_support::{Job, Shape, checkpoint};
+use ckpt_core::{
+    Error, ErrorKind, Key, Version, device::BufferSlice, server::UpdateRequest, sink::stream,
+    update::trace::Stage,
+};
+use p2p_support::{Job, NAME, Shape, assert_same, checkpoint};
 
 const MIB: u64 = 1 << 20;
 
@@ -122,4 +125,68 @@ async fn memory_that_was_released_is_never_read() {
 
     job.gather().await;
     job.update(3, &[1], &[1], &next).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_dies_in_the_middle_is_replaced_by_another_holder() {
+    let source = checkpoint(8 * MIB, 9);
+    let mut job = Job::start(Shape::new(3)).await;
+    let all = 0..source.tensors().len();
+    job.register_range(0, &source, all.clone());
+    job.register_range(1, &source, all);
+    job.gather().await;
+    let [dies, _, receiver] = &mut job.servers[..] else { panic!("three") };
+    let (sink, mut stream) = stream("worker");
+    let request = UpdateRequest {
+        checkpoint: NAME.into(),
+        version: Version(1),
+        ranks: vec![2],
+        sink: Some(Box::new(sink)),
+        engine: None,
+    };
+    let worker = async {
+        let mut held = std::collections::HashMap::new();
+        while let Some(bucket) = stream.next_bucket().await? {
+            // Its memory is gone while later buckets are still to be pulled.
+            dies.unregister(NAME);
+            for tensor in bucket.tensors() {
+                held.insert(tensor.meta().name.to_string(), tensor.bytes()?.to_vec());
+            }
+        }
+        Ok::<_, Error>(held)
+    };
+    let (report, held) = tokio::join!(receiver.update(request), worker);
+    assert!(report.unwrap().buckets > 8);
+    assert_same(&held.unwrap(), &source);
+}
+
+/// Changes one byte in the middle of each tensor that `rank` has registered.
+fn damage(job: &Job, rank: usize) {
+    let held = job.servers[rank].checkpoint(NAME).unwrap();
+    for (arena, buffer) in held.share.arenas.iter().zip(&held.arenas) {
+        for tensor in arena.tensors.iter().filter(|t| t.meta.len_bytes() > 0) {
+            let middle = tensor.offset + tensor.meta.len_bytes() / 2;
+            let byte = BufferSlice::new(buffer.clone(), middle..middle + 1).unwrap();
+            // SAFETY: no update runs, so nobody reads or writes the checkpoint's memory.
+            unsafe { byte.as_mut_slice() }.unwrap()[0] ^= 0x40;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bytes_that_are_not_those_that_were_registered_are_never_published() {
+    let source = checkpoint(2 * MIB, 10);
+    let mut job = Job::start(Shape::new(3)).await;
+    let all = 0..source.tensors().len();
+    job.register_range(0, &source, all.clone());
+    job.gather().await;
+    damage(&job, 0);
+    let error = job.try_update(1, &[2], &[2], &source).await.remove(0).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+    assert!(error.get(Key::Tensor).is_some() && error.message().contains("rank 0"), "{error}");
+    // Somebody else has the right ones.
+    job.register_range(1, &source, all);
+    job.gather().await;
+    let reports = job.update(2, &[2], &[2], &source).await;
+    assert!(reports[0].spans.iter().any(|s| s.stage == Stage::Check));
 }

@@ -1,5 +1,7 @@
 //! Predictions beside measurements, bounds that no prediction beats, and large clusters in little time.
 
+#![allow(clippy::unwrap_used, reason = "a test ends where its set-up fails")]
+
 use std::time::{Duration, Instant};
 
 use ckpt_core::{

@@ -319,10 +319,10 @@ async fn a_worker_of_a_dead_parameter_server_is_freed() {
         worker.connect(&format!("ipc://{path}")).await.unwrap();
         receive(&mut worker).await
     });
-    assert_eq!(release_stranded_workers(dir.path(), UUID, soon()).await.unwrap(), 1);
+    assert_eq!(release_stranded_workers(dir.path(), Some(UUID), soon()).await.unwrap(), 1);
     assert!(is_exception(&worker_side.await.unwrap(), "died"));
     // Nothing is left to do, and the live endpoint was not touched.
-    assert_eq!(release_stranded_workers(dir.path(), UUID, soon()).await.unwrap(), 0);
+    assert_eq!(release_stranded_workers(dir.path(), Some(UUID), soon()).await.unwrap(), 0);
     assert!(Path::new(live.endpoint().strip_prefix("ipc://").unwrap()).exists());
 }
 

@@ -203,7 +203,6 @@ impl Settings {
             reading: Reading { needed: secret.is_some(), secret },
             bind: self.bind.map(parse).transpose()?,
             connections: self.connections.clamp(1, 64),
-            chaos: None,
             limits,
         })
     }

@@ -277,6 +277,30 @@ def kimi(source: str) -> dict:
     return result
 
 
+def gpu_worker(package: str, endpoints: str) -> dict:
+    """A worker on this process's CUDA device, of `package`."""
+    import importlib
+
+    import zmq
+
+    update = importlib.import_module(f"{package}.worker").update_weights_from_ipc
+    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid!s}"
+    held: dict[str, torch.Tensor] = {}
+    hooks: list[int] = []
+    update(
+        zmq.Context(),
+        json.loads(endpoints)[uuid],
+        0,
+        run=lambda weights: held.update((name, tensor.clone()) for name, tensor in weights),
+        post_hook=lambda: hooks.append(1),
+    )
+    large = {f"large.{i}": torch.randn(4096, 2048, generator=torch.Generator().manual_seed(i)) for i in range(8)}
+    expected = large | {n: t for n, t in model(3).items() if t.dtype != torch.complex64}
+    device = {tensor.device.type for tensor in held.values()}
+    equal = same({name: tensor.cpu() for name, tensor in held.items()}, expected)
+    return {"same": equal, "hooks": len(hooks), "device": "".join(device)}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     name, *arguments = sys.argv[1:]

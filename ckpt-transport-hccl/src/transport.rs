@@ -41,7 +41,8 @@ impl HcclProvider {
     fn libraries(&self) -> Result<(Arc<Acl>, Arc<Hccl>, HcclConfig)> {
         let config = self.config.clone()?;
         let acl = self.acl.acl(&config)?;
-        Ok((acl, self.hccl.hccl(&config)?, config))
+        let hccl = self.hccl.hccl(&config, &acl)?;
+        Ok((acl, hccl, config))
     }
 
     /// The same as [`TransportProvider::open`] with its own type.

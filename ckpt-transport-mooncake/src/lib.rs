@@ -25,16 +25,22 @@ mod protocol;
 mod tests;
 mod transport;
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use ckpt_core::{
     Error, ErrorKind, Result,
+    device::{DeviceBackend, while_current},
     transport::{Probe, Transport, TransportConfig, TransportProvider, library::unavailable},
 };
 pub use config::MooncakeConfig;
 pub use error::MooncakeError;
 
-use crate::{library::Found, protocol::Choice, transport::MooncakeTransport};
+use crate::{
+    api::Api,
+    library::Found,
+    protocol::{Choice, Protocol},
+    transport::MooncakeTransport,
+};
 
 /// Finds Mooncake.
 #[derive(Clone, Debug)]
@@ -53,6 +59,24 @@ impl MooncakeProvider {
         let choice = protocol::choose(&self.config.settings, found.ascend_build, pci_address)?;
         Ok((found, choice))
     }
+}
+
+/// Starts an engine beside a rank's device: Mooncake's Ascend transport takes the NPU that is current on the thread.
+fn start(
+    api: Arc<dyn Api>,
+    host: IpAddr,
+    choice: Choice,
+    device: &dyn DeviceBackend,
+) -> Result<MooncakeTransport> {
+    if choice.protocol == Protocol::Ascend && device.kind() != "ascend" {
+        let message = format!(
+            "this Mooncake is an Ascend build, and this rank's device is `{}`: use --device ascend, or set \
+             MC_FORCE_TCP=1 to use tcp",
+            device.kind()
+        );
+        return Err(Error::new(ErrorKind::ConfigInvalid, "open the transport mooncake", message));
+    }
+    while_current(device, || MooncakeTransport::start(api, host, choice))
 }
 
 impl TransportProvider for MooncakeProvider {
@@ -80,7 +104,7 @@ impl TransportProvider for MooncakeProvider {
             ErrorKind::Unavailable => unavailable("mooncake", error.message()),
             _ => error,
         })?;
-        Ok(Arc::new(MooncakeTransport::start(Arc::new(found.native), config.bind, choice)?))
+        Ok(Arc::new(start(Arc::new(found.native), config.bind, choice, &*config.device)?))
     }
 
     fn broadcasts(&self) -> bool {

@@ -187,6 +187,8 @@ mod tests {
         assert_eq!(chosen(&[], false, &none).unwrap().protocol, Protocol::Tcp);
         assert_eq!(chosen(&[("MC_FORCE_HCA", "1")], false, &none).unwrap().protocol, Protocol::Rdma);
         assert_eq!(chosen(&[], true, &none).unwrap().protocol, Protocol::Ascend);
+        let npu = chosen(&[("NCCL_IB_HCA", "=mlx5_1")], true, &mellanox).unwrap();
+        assert_eq!((npu.protocol, npu.matrix()), (Protocol::Ascend, None), "no NIC is named to it");
         assert_eq!(chosen(&[("MC_FORCE_TCP", "")], true, &mellanox).unwrap().protocol, Protocol::Tcp);
         assert_eq!(chosen(&[], false, &amazon).unwrap().protocol, Protocol::Efa);
         let all = chosen(&[], false, &mellanox).unwrap();

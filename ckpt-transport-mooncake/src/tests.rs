@@ -3,14 +3,20 @@
 use std::{
     net::Ipv4Addr,
     path::PathBuf,
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use ckpt_core::{
     Error, ErrorKind, Key, Result,
-    device::{Buffer, BufferSlice, DeviceBackend, DeviceConfig, host::HostBuffer, host::HostDevice},
+    device::{
+        Buffer, BufferSlice, DeviceBackend, DeviceConfig, DeviceInfo, Ring, Stream, host::HostBuffer,
+        host::HostDevice,
+    },
     testkit::conformance::{self, Factory},
     transport::{OneSided, Probe, ReadOp, RemoteRegion, Transport, TransportProvider},
 };
@@ -260,6 +266,65 @@ async fn a_port_that_was_taken_is_tried_again_and_a_refusal_is_an_error() {
     let error = open(&fake, Protocol::Efa).unwrap_err();
     assert!(error.message().contains("no transport efa"), "{error}");
     assert_eq!(fake.destroyed.load(Ordering::SeqCst), 2, "a half-started engine is left");
+}
+
+/// A device that counts how often it was made current.
+#[derive(Debug)]
+struct Npu {
+    host: HostDevice,
+    kind: &'static str,
+    current: AtomicU64,
+}
+
+impl DeviceBackend for Npu {
+    fn kind(&self) -> &'static str {
+        self.kind
+    }
+    fn info(&self) -> &DeviceInfo {
+        self.host.info()
+    }
+    fn free_memory_bytes(&self) -> Result<u64> {
+        self.host.free_memory_bytes()
+    }
+    fn stream(&self, label: &'static str) -> Result<Arc<dyn Stream>> {
+        self.host.stream(label)
+    }
+    fn allocate_ring(&self, len_bytes: u64) -> Result<Arc<dyn Ring>> {
+        self.host.allocate_ring(len_bytes)
+    }
+    fn pin(&self, memory: Arc<dyn Buffer>) -> Result<Arc<dyn Buffer>> {
+        self.host.pin(memory)
+    }
+    fn with_current(&self, call: &mut dyn FnMut()) -> Result<()> {
+        self.current.fetch_add(1, Ordering::SeqCst);
+        call();
+        Ok(())
+    }
+    fn flush_remote_writes(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn an_ascend_build_starts_with_its_npu_current_and_with_no_other_device() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = DeviceConfig { rank: 0, local_rank: 0, runtime_dir: folder.path().join("run") };
+    let mut device =
+        Npu { host: HostDevice::open(&config).unwrap(), kind: "ascend", current: AtomicU64::new(0) };
+    let fake = Fake::new();
+    let begin = |device: &Npu| {
+        crate::start(fake.clone(), Ipv4Addr::LOCALHOST.into(), choice(Protocol::Ascend), device)
+    };
+    drop(begin(&device).unwrap());
+    assert_eq!(device.current.load(Ordering::SeqCst), 1);
+    device.kind = "host";
+    let error = begin(&device).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConfigInvalid);
+    assert!(
+        error.message().contains("--device ascend") && error.message().contains("MC_FORCE_TCP"),
+        "{error}"
+    );
+    assert_eq!(device.current.load(Ordering::SeqCst), 1, "nothing was started");
 }
 
 #[test]

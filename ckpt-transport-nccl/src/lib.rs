@@ -19,6 +19,8 @@ mod warm_up;
 mod fake;
 #[cfg(test)]
 mod transport_tests;
+#[cfg(test)]
+mod update_tests;
 
 use ckpt_core::transport::Registry;
 

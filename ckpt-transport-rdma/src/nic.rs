@@ -33,7 +33,7 @@ const SPINS: u32 = 2000;
 /// The thread looks around at least this often.
 const TICK_MILLIS: i32 = 1000;
 /// The same while those who wait poll for themselves.
-const HELPED_MILLIS: i32 = 10;
+const HELPED_MILLIS: i32 = 2;
 /// A device flushes a queue pair at once; this long it may take when the transport is closed.
 const QUIET: Duration = Duration::from_secs(2);
 

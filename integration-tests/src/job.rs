@@ -102,7 +102,7 @@ impl Job {
         let mut ranks = self.absent();
         for rank in 0..self.world_size {
             let hub = ranks.hub();
-            self.start_in(env, &mut ranks, rank, options, hub);
+            self.spawn(env, &mut ranks, rank, options, hub);
         }
         ranks
     }
@@ -120,22 +120,16 @@ impl Job {
 
     /// Starts one rank of `ckpt update`, as [`Job::update`] starts all; `options` that begin with a command run that.
     pub fn start(&self, ranks: &mut Ranks, rank: u32, options: &[&str]) {
-        self.start_in(&[], ranks, rank, options, ranks.hub());
+        let hub = ranks.hub();
+        self.spawn(&[], ranks, rank, options, hub);
     }
 
     /// The same with another way to the hub.
     pub fn start_through(&self, ranks: &mut Ranks, rank: u32, options: &[&str], hub: SocketAddr) {
-        self.start_in(&[], ranks, rank, options, hub);
+        self.spawn(&[], ranks, rank, options, hub);
     }
 
-    fn start_in(
-        &self,
-        env: &[(&str, &str)],
-        ranks: &mut Ranks,
-        rank: u32,
-        options: &[&str],
-        hub: SocketAddr,
-    ) {
+    fn spawn(&self, env: &[(&str, &str)], ranks: &mut Ranks, rank: u32, options: &[&str], hub: SocketAddr) {
         let (command, options) = match options.split_first() {
             Some((command, options)) if !command.starts_with('-') => (*command, options),
             _ => ("update", options),
@@ -163,7 +157,7 @@ impl Job {
             ("LOCAL_WORLD_SIZE", &world_size),
             ("CKPT_HUB_ADDRESS", &hub),
         ];
-        let program = variables.iter().chain(env).fold(program, |p, (name, value)| p.env(*name, *value));
+        let program = variables.iter().chain(env).fold(program, |p, (name, value)| p.env(name, *value));
         let process = program.env("CKPT_RUNTIME_DIR", self.runtime_dir()).args(options).spawn();
         ranks.processes[rank as usize] = Some(process);
     }

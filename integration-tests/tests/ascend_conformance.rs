@@ -9,9 +9,11 @@ use std::{
 
 use ckpt_core::{
     Epoch, Error, ErrorKind, Result,
-    device::{BufferSlice, DeviceBackend, MemoryKind, RingExport, Stream as _, host::HostBuffer},
+    device::{
+        BufferSlice, DeviceBackend, MemoryKind, RingExport, Stream as _, host::HostBuffer, while_current,
+    },
     testkit::conformance::{self, Factory},
-    transport::{Collective as _, GroupSpec, Transport, TransportConfig, TransportProvider as _},
+    transport::{Collective as _, GroupSpec, Probe, Transport, TransportConfig, TransportProvider as _},
 };
 use ckpt_transport_hccl::{
     HcclConfig, HcclGroup, HcclProvider, HcclTransport,
@@ -87,6 +89,8 @@ async fn host_memory_is_the_librarys_own_and_pinning_is_a_copy() {
     assert!(device.info().uuid.starts_with("NPU-") && device.info().uuid.ends_with("-0"));
     let own = device.own_host_memory(1000).unwrap().unwrap();
     assert_eq!((own.len_bytes(), own.memory()), (1000, MemoryKind::HostPinned));
+    let large = device.own_host_memory(5 << 20).unwrap().unwrap();
+    assert_eq!((large.len_bytes(), large.address() % (2 << 20)), (5 << 20, 0));
     assert!(Arc::ptr_eq(&device.pin(own.clone()).unwrap(), &own));
     let plain = HostBuffer::from_bytes(&[7; 100]).unwrap();
     let pinned = BufferSlice::whole(device.pin(plain.clone()).unwrap());
@@ -106,6 +110,23 @@ async fn host_memory_is_the_librarys_own_and_pinning_is_a_copy() {
     assert!(device.open_ring(&nothing, 100).unwrap_err().to_string().contains("ACL_ERROR_RT_PARAM_INVALID"));
     let short = RingExport::Ascend { key: vec![1; 64], offset_bytes: 0 };
     assert_eq!(device.open_ring(&short, 100).unwrap_err().kind(), ErrorKind::Corrupt);
+}
+
+#[test]
+fn a_device_is_current_for_libraries_that_ask() {
+    let device = Npus::new().devices.open_ascend(6).unwrap();
+    // SAFETY: the emulator's initialisers do nothing; the function has this type.
+    let current = || unsafe {
+        let library = libloading::Library::new(EMULATOR.path().join("libascendcl.so")).unwrap();
+        let get = library.get::<unsafe extern "C" fn(*mut i32) -> i32>("aclrtGetDevice").unwrap();
+        let mut device = -1;
+        (get(&mut device), device)
+    };
+    let elsewhere = std::thread::scope(|scope| scope.spawn(current).join().unwrap());
+    assert_eq!(elsewhere, (107_002, -1));
+    let other = Npus::new().devices.open_ascend(2).unwrap();
+    assert_eq!(while_current(&other, || Ok(current())).unwrap(), (0, 2));
+    assert_eq!(while_current(&device, || Ok(current())).unwrap(), (0, 6));
 }
 
 #[tokio::test]
@@ -223,6 +244,20 @@ async fn groups_gather_and_have_subgroups() {
     drop(parts);
     let work = members.iter().zip(&mut groups).zip(0..);
     all(work.map(|((m, g), rank)| gather(m, g, 20 + rank, &[20, 21, 22])).collect()).await;
+}
+
+#[test]
+fn a_library_that_is_not_hccl_is_named_with_what_it_lacks() {
+    let folder = tempfile::tempdir().unwrap();
+    let runtime = EMULATOR.path().join("libascendcl.so").canonicalize().unwrap();
+    for name in ["libascendcl.so", "libhccl.so"] {
+        std::os::unix::fs::symlink(&runtime, folder.path().join(name)).unwrap();
+    }
+    let config = HcclConfig { folder: Some(folder.path().to_owned()), ..HcclConfig::default() };
+    let Probe::Unavailable(why) = HcclProvider::new(Ok(config), AclCell::default()).probe() else {
+        panic!("the runtime was taken for HCCL")
+    };
+    assert!(why.contains("libhccl.so has no `HcclGetRootInfo`") && why.contains("libhcomm.so"), "{why}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

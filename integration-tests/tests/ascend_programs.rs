@@ -63,7 +63,7 @@ async fn injected_codes_reach_the_user_with_their_names() {
     for (fault, name) in [
         ("1:HcclCommInitRootInfoConfig=19", "HCCL_E_NETWORK"),
         ("1:HcclBroadcast=14@6", "HCCL_E_ROCE_TRANSFER"),
-        ("1:async=21@40", "HCCL_E_REMOTE"),
+        ("1:async=21@2", "HCCL_E_REMOTE"),
         ("1:aclrtIpcMemGetExportKey=507899", "ACL_ERROR_RT_DRV_INTERNAL_ERROR"),
     ] {
         let failed = Npus::new().demo(2, fault).await;
@@ -81,6 +81,7 @@ async fn the_doctor_finds_the_libraries_and_what_is_missing_around_them() {
         let list = told[list].as_array().unwrap();
         list.iter().find(|entry| entry["name"] == name).unwrap_or_else(|| panic!("{name} in {told}")).clone()
     };
+    integration_tests::schema::assert_fits(&told, "doctor");
     let device = find("devices", "ascend");
     assert_eq!(device["available"], true, "{device}");
     assert!(device["detail"].as_str().unwrap().contains("ACL 1.15.0"), "{device}");
@@ -92,6 +93,40 @@ async fn the_doctor_finds_the_libraries_and_what_is_missing_around_them() {
     // Without any sign of an NPU the doctor does not speak of them.
     let told = ckpt!("doctor", "--json").finish().await.expect_code(0).json();
     assert!(!told["findings"].to_string().contains("RANK_TABLE_FILE"), "{told}");
+}
+
+/// The second of two chips of NPU 1, as its `npu-smi` says of whoever asks.
+const NPU_SMI: &str = r#"#!/bin/sh
+printf '\tNPU ID                         : %s\n\tChip Count                     : 2\n\n' "$5"
+printf '\tProcess id:1                 Process name:init            Process memory(MB):1\n'
+printf '\tChip ID                        : 0\n\n'
+if [ "$5" = 1 ]; then
+  printf '\tProcess id:%s              Process name:ckpt            Process memory(MB):1\n' "$PPID"
+fi
+printf '\tChip ID                        : 1\n'
+"#;
+
+#[tokio::test]
+async fn an_engine_is_named_after_the_chip_that_npu_smi_finds_it_on() {
+    use std::os::unix::fs::PermissionsExt;
+    let npus = Npus::new();
+    let script = npus.folder.path().join("npu-smi");
+    std::fs::write(&script, NPU_SMI).unwrap();
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", npus.folder.path().display(), std::env::var("PATH").unwrap());
+    let program = ckpt!("worker", "--device", "ascend", "--exit-with-parent", "--uds")
+        .arg(npus.folder.path().join("engine.sock"))
+        .env("PATH", path);
+    let mut worker = npus.on(program).spawn();
+    let told = worker.stdout_line("engine of").await;
+    assert!(told.starts_with("engine of NPU-") && told.contains("-3 listens on"), "{told}");
+    worker.close_stdin();
+    worker.finish(integration_tests::LONG).await.expect_code(0);
+    // Without it the name is the physical id's.
+    let program = ckpt!("worker", "--device", "ascend", "--exit-with-parent", "--local-rank", "5", "--uds")
+        .arg(npus.folder.path().join("other.sock"));
+    let mut worker = npus.on(program).spawn();
+    assert!(worker.stdout_line("engine of").await.contains("-5 listens on"));
 }
 
 #[tokio::test]

@@ -235,7 +235,7 @@ async fn a_worker_whose_parameter_server_died_is_freed_by_the_next_one() {
     // A killed process leaves its socket's file.
     assert!(!Path::new(&path).exists());
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-    let freed = release_stranded_workers(&setup.runtime_dir, &setup.uuid, soon()).await.unwrap();
+    let freed = release_stranded_workers(&setup.runtime_dir, Some(&setup.uuid), soon()).await.unwrap();
     assert_eq!(freed, 1);
     let ended = worker.finish(LONG).await.expect_code(1);
     assert!(ended.stderr.contains("the parameter server of this update died"), "{}", ended.stderr);

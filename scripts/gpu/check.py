@@ -515,6 +515,26 @@ def many_updates_do_not_grow():
 
 
 @row
+def p2p_updates():
+    """Receivers pull from the owners' memory into pinned staging, while they broadcast what they have among them."""
+    folder, _ = checkpoint("256")
+    reference(folder)
+    workers = Workers(MOST)
+    found = Update(workers, folder, MOST, ["--update-method", "all", "--repeat", "3"]).succeeds()
+    for rank in range(MOST):
+        workers.check(rank, folder)
+    said = [f"all {MOST} ranks: " + str({method: round(min(s), 3) for method, s in found["update_s_by_method"].items()}) + " s"]
+    if MOST > 1:
+        # Rank 0 owns half of the bytes and is not updated.
+        alone = Workers(MOST)
+        Update(alone, folder, MOST, ["--update-method", "p2p", "--ranks", str(MOST - 1), "--repeat", "2"]).succeeds()
+        alone.check(MOST - 1, folder)
+        expect(alone.state(0)["updates"] == 0, "a rank that was not named was updated")
+        said.append(f"only rank {MOST - 1}: right, and the others undisturbed")
+    return "; ".join(said)
+
+
+@row
 def each_process_sees_one_gpu():
     if DEVICE != "cuda" or MOST < 2:
         raise Skip("needs two GPUs")
@@ -529,7 +549,7 @@ def each_process_sees_one_gpu():
 
 
 @row
-def auto_falls_back_to_nccl():
+def auto_finds_the_best_path():
     if DEVICE != "cuda" or MOST < 2:
         raise Skip("needs two GPUs")
     folder, _ = checkpoint("256")
@@ -549,7 +569,9 @@ def conformance(name):
         raise Skip("FOLDER has no test binary `gpu`")
     process = start(name, [GPU, "--ignored", "--exact", name, "--nocapture"])
     out, _ = process.communicate(timeout=110)
-    expect(process.returncode == 0 and " 1 passed" in out, f"{process.returncode}: {out[-300:]} {logged(process)[-300:]}")
+    # NCCL may crash in its destructors while the process exits, after an aborted join. `ckpt` does not run them.
+    ended = process.returncode == 0 or (name == "nccl_conforms" and "test result: ok" in out)
+    expect(ended and " 1 passed" in out, f"{process.returncode}: {out[-300:]} {logged(process)[-300:]}")
     return f"{out.count('passed   ')} checks, {out.count('skipped  ')} not for this device"
 
 

@@ -19,6 +19,7 @@ use std::{
 use anyhow::Context as _;
 use ckpt_core::{
     Error, ErrorKind,
+    cluster::{ClusterEnv, Launcher},
     control::{Hub, HubAddress, HubOptions, Session, SessionConfig, Token},
     deadlines::Deadlines,
     device::{DeviceConfig, runtime_dir},
@@ -215,10 +216,9 @@ async fn run_transport(args: TransportArgs, context: &Context) -> anyhow::Result
     Ok(if report.is_correct() { Exit::Success } else { Exit::Corrupt }.into())
 }
 
-/// A launcher has started this process as one of several ranks.
+/// A launcher has started this process as a rank. What cannot be told is an error when the rank joins its job.
 fn is_launched() -> bool {
-    let names = ["RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"];
-    names.iter().any(|name| std::env::var_os(name).is_some())
+    ClusterEnv::from_process().map_or(true, |cluster| cluster.launcher != Launcher::Single)
 }
 
 /// What rank 0 knows at the end.

@@ -4,7 +4,8 @@ use std::{collections::HashSet, path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use ckpt_core::{
-    Error, ErrorKind, Version,
+    Error, ErrorKind, Result, Version,
+    checkpoint::DigestAlgorithm,
     engine::{ENGINES, EngineConfig, HttpTemplate, create},
     manifest::Manifest,
     server::{UpdateReport, UpdateRequest},
@@ -17,11 +18,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     job::{JobArgs, Rank},
+    policy::{PolicyArgs, after_failure},
     progress::Bar,
 };
 
 /// A time to wait, which may be nothing: at most a month.
-fn pause(text: &str) -> Result<Duration, String> {
+fn pause(text: &str) -> std::result::Result<Duration, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.0..=2_678_400.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
         _ => Err("write seconds, at most 2678400".to_owned()),
@@ -61,6 +63,14 @@ pub(crate) struct InstanceArgs {
     /// Afterwards go on serving this rank's memory to others for so long
     #[arg(long, value_parser = pause, value_name = "SECONDS")]
     pub(crate) sleep_time: Option<Duration>,
+    /// For `--engine http`: path that pauses the engine, in which `{mode}` is filled in
+    #[arg(long, value_name = "PATH", requires = "http_resume_path")]
+    http_pause_path: Option<String>,
+    /// For `--engine http`: path that resumes it
+    #[arg(long, value_name = "PATH", requires = "http_pause_path")]
+    http_resume_path: Option<String>,
+    #[command(flatten)]
+    pub(crate) policy: PolicyArgs,
     #[command(flatten)]
     pub(crate) job: JobArgs,
 }
@@ -142,7 +152,10 @@ impl InstanceArgs {
                 sink: Some(sink),
                 engine: self.engine(rank, ranks)?,
             };
-            let report = rank.server.update(request).await?;
+            let report = match rank.server.update(request).await {
+                Ok(report) => report,
+                Err(failure) => return Err(self.recover(failure, rank, layout, ranks).await.into()),
+            };
             part = serde_json::to_vec(&Done::new(&report)?)?.into();
         }
         let mut all: Option<Done> = None;
@@ -155,12 +168,28 @@ impl InstanceArgs {
         all.ok_or_else(|| nobody().into())
     }
 
+    /// What `--on-failure` asks for. The failure, and what came of that.
+    async fn recover(&self, failure: Error, rank: &mut Rank, layout: &Arc<Layout>, ranks: &[u32]) -> Error {
+        let first = rank.rank() - rank.rank() % self.inference_parallel_size;
+        let own: Vec<u32> = (first..first.saturating_add(self.inference_parallel_size)).collect();
+        // The last version is of the same model, so the layout is the same; its bytes have other digests.
+        let link = self.sink_with(layout, rank, false).and_then(|s| Ok((Some(s), self.engine(rank, ranks)?)));
+        after_failure(&mut rank.server, failure, ranks.to_vec(), &own, |_| link).await
+    }
+
     /// The link to this rank's worker.
-    fn sink(&self, layout: &Arc<Layout>, rank: &Rank) -> anyhow::Result<Box<dyn WeightSink>> {
+    fn sink(&self, layout: &Arc<Layout>, rank: &Rank) -> Result<Box<dyn WeightSink>> {
+        self.sink_with(layout, rank, self.policy.verify().checks_workers())
+    }
+
+    fn sink_with(&self, layout: &Arc<Layout>, rank: &Rank, check: bool) -> Result<Box<dyn WeightSink>> {
         let uuid = &rank.server.device().info().uuid;
         Ok(match self.worker_protocol {
             WorkerProtocol::Native => {
-                let config = NativeSinkConfig { layout: Some(layout.clone()), ..NativeSinkConfig::default() };
+                let metas = rank.server.metas_of(&self.checkpoint_name).filter(|_| check);
+                let digests = metas.map(|m| Arc::new(m.digests(DigestAlgorithm::Xxh3_64)));
+                let config =
+                    NativeSinkConfig { layout: Some(layout.clone()), digests, ..NativeSinkConfig::default() };
                 Box::new(NativeSink::bind(&rank.runtime_dir, uuid, config)?)
             }
             WorkerProtocol::Ce04 => {
@@ -172,8 +201,18 @@ impl InstanceArgs {
         })
     }
 
+    /// What an HTTP engine is sent.
+    fn template(&self) -> Result<Option<HttpTemplate>> {
+        let template = self.http_template.as_deref().map(HttpTemplate::parse).transpose()?;
+        let paths = self.http_pause_path.as_ref().zip(self.http_resume_path.as_ref());
+        Ok(match paths {
+            Some((pause, resume)) => Some(template.unwrap_or_default().paused_at(pause, resume)),
+            None => template,
+        })
+    }
+
     /// The engine's request, on the first of each engine's ranks that update.
-    fn engine(&self, rank: &Rank, ranks: &[u32]) -> anyhow::Result<Option<EngineCall>> {
+    fn engine(&self, rank: &Rank, ranks: &[u32]) -> Result<Option<EngineCall>> {
         let here = rank.rank();
         let first = here - here % self.inference_parallel_size;
         let last = rank.world_size().min(first.saturating_add(self.inference_parallel_size));
@@ -186,7 +225,7 @@ impl InstanceArgs {
             kind: self.engine.clone(),
             endpoint: at(&self.endpoint),
             uds: self.uds.as_deref().map(|path| PathBuf::from(at(path))),
-            template: self.http_template.as_deref().map(HttpTemplate::parse).transpose()?,
+            template: self.template()?,
         })?;
         Ok(Some(EngineCall { engine, ranks: members }))
     }

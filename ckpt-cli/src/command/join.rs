@@ -76,6 +76,7 @@ pub(super) async fn join(
 ) -> anyhow::Result<ExitCode> {
     let reading = Reading { needed: true, secret: secret.clone() };
     let mut rank = Rank::start_reading(&args.job, &context.registry, reading).await?;
+    rank.server = rank.server.with_policy(args.policy.policy());
     let result = pull(source, secret, args, ranks, context, &mut rank).await;
     rank.end(result.is_ok()).await;
     result.map(|()| ExitCode::SUCCESS)

@@ -67,6 +67,9 @@ pub(crate) struct LaunchArgs {
     /// Put `[rank]` before each line of output even if it does not go to a terminal
     #[arg(long)]
     tag_output: bool,
+    /// Start a rank that fails anew, alone, up to N times in all; the others go on. For `ckpt serve`
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    max_restarts: u32,
     /// Seconds between SIGTERM and SIGKILL
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     grace: u64,
@@ -112,6 +115,7 @@ struct LaunchPlan {
     token: Token,
     tag_output: bool,
     grace: Duration,
+    max_restarts: u32,
     /// Keeps a port that was chosen here from being given to others.
     _reserved: Option<[TcpSocket; 2]>,
 }
@@ -173,6 +177,7 @@ impl LaunchPlan {
             token,
             tag_output: args.tag_output,
             grace: Duration::from_secs(args.grace),
+            max_restarts: args.max_restarts,
             _reserved: reserved,
         })
     }

@@ -4,6 +4,7 @@ mod bench;
 mod completions;
 mod demo;
 mod doctor;
+mod http_get;
 mod instance;
 mod join;
 mod launch;
@@ -12,6 +13,7 @@ mod plan;
 mod serve;
 mod shape;
 mod update;
+mod verify;
 pub(crate) mod worker;
 
 use std::process::ExitCode;
@@ -45,6 +47,7 @@ commands! {
     Doctor(doctor::DoctorArgs) => run,
     Launch(launch::LaunchArgs) => run,
     Worker(worker::WorkerArgs) => run,
+    Verify(verify::VerifyArgs) => run,
     Completions(completions::CompletionsArgs) => run,
     Man(completions::ManArgs) => run_man,
 }

@@ -17,7 +17,7 @@ use std::{
 };
 
 use ckpt_core::{
-    Error, ErrorKind, Result,
+    Error, ErrorKind, Recovery, Result,
     checkpoint::Pool,
     cluster::TOKEN_VARIABLE,
     control::{Job, Session, Token},
@@ -37,6 +37,7 @@ use crate::{
     exit::Exit,
     job::{JobArgs, Rank, Reading},
     listen::{self, Listener},
+    policy::PolicyArgs,
 };
 
 /// Requests that may wait for the one under way.
@@ -73,9 +74,14 @@ pub(crate) struct ServeArgs {
     /// File with the secret of the job whose metas are posted here, if it is not this job's
     #[arg(long, value_name = "FILE")]
     sender_token_file: Option<PathBuf>,
+    /// Time that a rank 0 which died gets to come back, with all checkpoints kept here; 0: this rank ends, too
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    rejoin_timeout: u32,
     /// Time that requests under way get to end after SIGTERM
     #[arg(long, default_value_t = 10, value_name = "SECONDS")]
     grace: u32,
+    #[command(flatten)]
+    policy: PolicyArgs,
     #[command(flatten)]
     job: JobArgs,
 }
@@ -109,6 +115,7 @@ async fn serve(
         (None, Some(address)) => tcp(&here(address), &args, &job.session, &allowed).await?,
         (None, None) => return Err(invalid("choose where to listen with --uds or --listen").into()),
     };
+    let server = server.with_policy(args.policy.policy());
     let address = listener.address().to_owned();
     let view = Arc::<View>::default();
     let (orders, queue) = mpsc::channel(QUEUE);
@@ -122,6 +129,8 @@ async fn serve(
         turn: Arc::new(Semaphore::new(1)),
         loading: tokio::sync::Mutex::new(()),
         pool: Pool::new(device.clone()),
+        other_pool: Pool::new(device.clone()),
+        digests: args.policy.verify().digests(),
         about: json!({
             "rank": cluster.rank,
             "world_size": cluster.world_size,
@@ -142,6 +151,7 @@ async fn serve(
         world_size: cluster.world_size,
         runtime_dir,
         protocol: args.worker_protocol,
+        check_workers: args.policy.verify().checks_workers(),
         view,
         layouts: HashMap::new(),
     };
@@ -154,7 +164,12 @@ async fn serve(
     context.output.line(format!("rank {} listens on {address}", cluster.rank));
     tracing::info!(rank = cluster.rank, %address, "the parameter server takes requests");
     let grace = Duration::from_secs(args.grace.into());
-    let waits = (grace, abort_wait);
+    let waits = Waits {
+        grace,
+        abort: abort_wait,
+        // Rank 0's hub lives in its own process.
+        rejoin: Duration::from_secs(if cluster.rank == 0 { 0 } else { args.rejoin_timeout.into() }),
+    };
     let lost = answer_until_the_end(listener, app, job.session.clone(), signals, waits).await?;
     end(job, actor, abort_wait).await;
     match lost {
@@ -163,28 +178,52 @@ async fn serve(
     }
 }
 
-/// Serves until a signal, or until the job is lost; then gives requests under way `grace` to end by themselves, and
-/// `abort` to end after they were told to. The loss is the answer.
+/// How long the end may take.
+struct Waits {
+    /// For requests under way to end by themselves.
+    grace: Duration,
+    /// For them to end after they were told to.
+    abort: Duration,
+    /// For a rank 0 that died to come back.
+    rejoin: Duration,
+}
+
+/// Serves until a signal, or until the job is lost for good. The loss is the answer.
 async fn answer_until_the_end(
     listener: Listener,
     app: Arc<App>,
     session: Session,
     mut signals: Signals,
-    (grace, abort): (Duration, Duration),
+    Waits { grace, abort, rejoin }: Waits,
 ) -> Result<Option<Error>> {
     let lost = Arc::new(OnceLock::new());
     let (ending, mut ended) = tokio::sync::watch::channel(());
     let stop = {
-        let (lost, session) = (lost.clone(), session.clone());
+        let (lost, session, app) = (lost.clone(), session.clone(), app.clone());
         async move {
-            tokio::select! {
-                name = signals.next() => tracing::info!(signal = name, "ending"),
-                cause = session.until_lost() => {
-                    if tokio::time::timeout(LOST_OR_ENDED, signals.next()).await.is_err() {
-                        tracing::error!(error = %cause, "the job is lost; ending");
-                        // Set once: this is the only place.
-                        let _ = lost.set(cause);
+            loop {
+                let cause = tokio::select! {
+                    name = signals.next() => {
+                        tracing::info!(signal = name, "ending");
+                        break;
                     }
+                    cause = session.until_lost() => cause,
+                };
+                if tokio::time::timeout(LOST_OR_ENDED, signals.next()).await.is_ok() {
+                    break;
+                }
+                let back = async {
+                    !rejoin.is_zero() && may_come_back(&cause) && join_again(&app, rejoin, &cause).await
+                };
+                let back = tokio::select! {
+                    back = back => back,
+                    _ = signals.next() => break,
+                };
+                if !back {
+                    tracing::error!(error = %cause, "the job is lost; ending");
+                    // Set once: this is the only place.
+                    let _ = lost.set(cause);
+                    break;
                 }
             }
             drop(ending);
@@ -208,6 +247,27 @@ async fn answer_until_the_end(
         }
     }
     Ok(lost.get().cloned())
+}
+
+/// A rank 0 that ended in order said so, and the job is over.
+fn may_come_back(cause: &Error) -> bool {
+    cause.recovery() != Recovery::Fatal
+}
+
+/// Waits for a new rank 0; checkpoints and pinned memory stay meanwhile. Whether it came.
+async fn join_again(app: &App, wait: Duration, cause: &Error) -> bool {
+    tracing::error!(error = %cause, ?wait, "rank 0 is lost; this rank keeps its checkpoints and waits for it");
+    match app.job.session.rejoin(wait).await {
+        Ok(()) => {
+            tracing::info!("joined the job again: gather metas before the next update");
+            app.rejoined().await;
+            true
+        }
+        Err(error) => {
+            tracing::error!(%error, "rank 0 did not come back");
+            false
+        }
+    }
 }
 
 /// Leaves the job.

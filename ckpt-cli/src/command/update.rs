@@ -137,6 +137,7 @@ pub(crate) async fn run(args: UpdateArgs, context: &Context) -> anyhow::Result<E
     }
     let reading = Reading { needed: pulls, secret: None };
     let mut rank = Rank::start_reading(&args.instance.job, &context.registry, reading).await?;
+    rank.server = rank.server.with_policy(args.instance.policy.policy());
     let result = update(&args, ranks, context, &mut rank).await;
     rank.end(result.is_ok()).await;
     result.map(|()| ExitCode::SUCCESS)
@@ -162,11 +163,13 @@ async fn update(
         let name = instance.checkpoint_name.clone();
         let (number, world_size) = (rank.rank(), rank.world_size());
         let device = rank.server.device().clone();
+        let digests = instance.policy.verify().digests();
         tokio::task::spawn_blocking(move || {
             let source = CheckpointSource::open(&path)?;
             let range = source.split(world_size)?.swap_remove(number as usize);
             let bytes = source.tensors()[range.clone()].iter().map(|t| t.meta.len_bytes()).sum();
             let mut options = LoadOptions::new(name);
+            options.digests = digests;
             options.progress = Bar::load(&format!("rank {number}: register"), bytes);
             load(&source, range, &Pool::new(device), &options)
         })

@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    digest::{DigestAlgorithm, Running},
+    digest::DigestAlgorithm,
     load::{LoadOptions, Progress},
     memory::{file_error, touch},
     place::Placement,
@@ -189,7 +189,7 @@ impl Filler<'_> {
     }
 
     fn run(&self, unit: &[Piece]) -> Result<()> {
-        let mut running = self.digests.map(Running::new);
+        let mut running = self.digests.map(DigestAlgorithm::start);
         let (mut piece, mut done) = (0, 0);
         while piece < unit.len() {
             if self.failed.load(Ordering::Relaxed) {
@@ -224,7 +224,7 @@ impl Filler<'_> {
                 if done == whole.len {
                     let in_parts = part.len < whole.len && whole.len == slot.tensor.meta.len_bytes();
                     if let (Some(algorithm), true) = (self.digests, in_parts) {
-                        let finished = running.replace(Running::new(algorithm));
+                        let finished = running.replace(algorithm.start());
                         slot.digest.store(finished.map_or(0, |r| r.finish()), Ordering::Relaxed);
                     }
                     self.finish(whole)?;

@@ -19,7 +19,7 @@ mod split;
 mod writer;
 
 pub use compare::{Comparison, Difference, compare};
-pub use digest::{DigestAlgorithm, Digests};
+pub use digest::{DigestAlgorithm, Digests, RunningDigest};
 pub use load::{InPlace, LoadOptions, Progress, RegisteredCheckpoint, load};
 pub use memory::HostMemory;
 pub use pool::{Pool, PoolCounters};

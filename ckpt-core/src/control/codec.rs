@@ -205,7 +205,10 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::message::{CommunicatorChoice, Hello, Joining, Member};
+    use super::super::{
+        message::{CommunicatorChoice, Hello, Joining, Member},
+        weights::{Installed, Mark, MarkKind, Weights},
+    };
     use super::*;
     use crate::{Epoch, Key, Version};
 
@@ -287,6 +290,17 @@ mod tests {
         let member =
             Member { rank: 1, host: host(), pid: 2, device_uuid: "d".into(), endpoint: None, free_bytes: 0 };
         let part = Bytes::from_static(b"part");
+        let weights = Weights {
+            committed: Some(Installed { checkpoint: "c".into(), version: Version(1), epoch }),
+            mark: Some(Mark {
+                kind: MarkKind::InDoubt,
+                checkpoint: "d".into(),
+                version: Version(2),
+                epoch,
+                members: vec![0, 1],
+                cause: "why".into(),
+            }),
+        };
         let to_hub = vec![
             ToHub::Hello(hello),
             ToHub::Alive,
@@ -299,6 +313,7 @@ mod tests {
             ToHub::Failed { epoch: None, cause: cause() },
             ToHub::Bye,
             ToHub::Opened { epoch },
+            ToHub::Weights(weights.clone()),
         ];
         let communicators = [CommunicatorChoice::Reuse(epoch), CommunicatorChoice::Build(part.clone())];
         let mut to_rank = vec![
@@ -312,6 +327,8 @@ mod tests {
             ToRank::Closed { epoch, failure: Some(cause()) },
             ToRank::Abort { epoch: Some(epoch), cause: cause() },
             ToRank::AllOpened { epoch },
+            ToRank::Weights(weights),
+            ToRank::Returned { rank: 300 },
         ];
         to_rank.extend(communicators.map(|communicator| ToRank::Begin {
             epoch,

@@ -4,11 +4,14 @@
 //! last word, `Abort` or `Closed`, so a rank that has heard it can call again without hearing of the old attempt.
 
 mod attempt;
+#[cfg(test)]
+mod elastic_tests;
 mod failure;
 mod fingerprint;
 mod gather;
 #[cfg(test)]
 mod tests;
+mod weights;
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -17,9 +20,10 @@ use std::{
 
 use self::{
     attempt::{Attempt, Stage, name_ranks},
+    failure::LEFT,
     gather::Gathers,
 };
-use super::{Hello, Joining, Member, ToHub, ToRank};
+use super::{Decision, Hello, Joining, Member, ToHub, ToRank, Weights};
 use crate::{
     deadlines::Deadlines,
     error::{Error, ErrorKind, Key, Recovery, Result},
@@ -57,6 +61,10 @@ pub struct RankStatus {
     pub host: Option<String>,
     /// Its process, once known.
     pub pid: Option<u32>,
+    /// It has left in order and is not waited for.
+    pub left: bool,
+    /// What its worker has, as far as the hub was told.
+    pub weights: Option<Weights>,
 }
 
 /// One update that is being gathered or runs.
@@ -89,6 +97,12 @@ struct RankState {
     lost: Option<Error>,
     /// Host and process of its last session.
     was: Option<(String, u32)>,
+    /// It left in order: nobody waits for it until it comes back.
+    left: bool,
+    /// What its worker has.
+    weights: Option<Weights>,
+    /// This session has said what it knows of that.
+    reported: bool,
 }
 
 /// The hub, as a pure state machine for `world_size` ranks.
@@ -99,6 +113,8 @@ pub struct HubMachine {
     attempts: Vec<Attempt>,
     gathers: Gathers,
     last_epoch: Epoch,
+    decisions: VecDeque<Decision>,
+    undrained_decisions: bool,
     out: VecDeque<(Rank, ToRank)>,
     close: VecDeque<Rank>,
     /// The time of the last call.
@@ -115,6 +131,8 @@ impl HubMachine {
             attempts: Vec::new(),
             gathers: Gathers::default(),
             last_epoch: Epoch(0),
+            decisions: VecDeque::new(),
+            undrained_decisions: false,
             out: VecDeque::new(),
             close: VecDeque::new(),
             clock: Duration::ZERO,
@@ -150,13 +168,18 @@ impl HubMachine {
             ));
         }
         state.lost = None;
-        state.was = Some((hello.host.clone(), hello.pid));
+        state.left = false;
+        state.reported = false;
+        let returned = state.was.replace((hello.host.clone(), hello.pid)).is_some();
         state.session = Some(Session { host: hello.host, pid: hello.pid, heard: now });
         let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
         let d = &self.config.deadlines;
         let welcome =
             ToRank::Welcome { heartbeat_ms: millis(d.heartbeat), dead_after_ms: millis(d.dead_after) };
         self.send(rank, welcome);
+        if returned {
+            self.all_ranks().filter(|r| *r != rank).for_each(|r| self.send(r, ToRank::Returned { rank }));
+        }
         Ok(())
     }
 
@@ -183,8 +206,11 @@ impl HubMachine {
             ToHub::Loaded { epoch } => self.loaded(rank, epoch, now),
             ToHub::Finished { epoch, failure } => self.finished(rank, epoch, failure),
             ToHub::Failed { epoch, cause } => self.failed(rank, epoch, cause, now),
+            ToHub::Weights(weights) => self.reported(rank, weights),
             ToHub::Bye => {
-                self.lose(rank, "it left the job", None, now);
+                self.lose(rank, LEFT, None, now);
+                self.ranks[rank as usize].left = true;
+                self.complete_gathers();
                 self.close.push_back(rank);
             }
         }
@@ -247,6 +273,8 @@ impl HubMachine {
             connected: state.session.is_some(),
             host: state.was.as_ref().map(|(host, _)| host.clone()),
             pid: state.was.as_ref().map(|(_, pid)| *pid),
+            left: state.left,
+            weights: state.weights.clone(),
         };
         (0..).zip(&self.ranks).map(status).collect()
     }
@@ -354,7 +382,7 @@ impl HubMachine {
     /// The members that a caller names, ascending; empty means all.
     fn named_ranks(&self, rank: Rank, named: &[Rank]) -> Result<Vec<Rank>> {
         if named.is_empty() {
-            return Ok(self.all_ranks().collect());
+            return Ok(self.all_ranks().filter(|r| !self.ranks[*r as usize].left).collect());
         }
         let ranks: Vec<Rank> = named.iter().copied().collect::<BTreeSet<_>>().into_iter().collect();
         let refuse = |text: String| {
@@ -435,7 +463,8 @@ impl HubMachine {
         let Some(index) = self.find(rank, epoch) else { return };
         let attempt = &mut self.attempts[index];
         let is_new = attempt.opened.insert(rank);
-        if is_new && attempt.all_in(&attempt.opened) {
+        // An attempt that will be aborted need not touch anybody's weights.
+        if is_new && attempt.all_in(&attempt.opened) && attempt.suspect.is_none() {
             self.send_members(index, &ToRank::AllOpened { epoch });
         }
     }
@@ -453,6 +482,7 @@ impl HubMachine {
             let attempt = &mut self.attempts[index];
             attempt.stage = Stage::Committed;
             attempt.since = now;
+            self.decided(epoch, true);
             self.send_members(index, &ToRank::Committed { epoch });
         }
     }

@@ -56,6 +56,8 @@ pub struct Job {
     /// The connection to the hub.
     pub session: Session,
     hub: Option<Hub>,
+    /// What a hub in the place of this one would want to know, were it killed.
+    decisions: Option<PathBuf>,
     _token_file: Option<PublishedToken>,
 }
 
@@ -65,11 +67,17 @@ impl Job {
     pub async fn join(options: JobOptions) -> Result<Job> {
         let JobOptions { cluster, token, runtime_dir, deadlines } = options;
         let mut address = cluster.hub.clone();
-        let (mut hub, mut token_file) = (None, None);
+        let (mut hub, mut token_file, mut kept) = (None, None, None);
         let source = if cluster.rank == 0 {
             let (token, made_up) = match token {
                 Some(token) => (token, false),
-                None if cluster.is_single_host() => (Token::random()?, cluster.world_size > 1),
+                None if cluster.is_single_host() && cluster.world_size > 1 => {
+                    // A rank 0 that was killed has left its file; the ranks that live on, and their transports, know
+                    // that secret.
+                    let left = Token::from_file(&token_path(&runtime_dir, &cluster.job, &cluster.hub));
+                    (left.or_else(|_| Token::random())?, true)
+                }
+                None if cluster.is_single_host() => (Token::random()?, false),
                 None => return Err(no_token(&cluster)),
             };
             let options = HubOptions {
@@ -79,7 +87,9 @@ impl Job {
                 world_size: cluster.world_size,
                 deadlines,
             };
-            let listening = Hub::bind(options).await?;
+            let decisions = decisions_path(&runtime_dir, &cluster.job, &cluster.hub);
+            let listening = Hub::bind_keeping(options, Some(decisions.clone())).await?;
+            kept = Some(decisions);
             if let Some(bound) = listening.address() {
                 address.port = bound.port();
             }
@@ -106,7 +116,7 @@ impl Job {
             Some(hub) => Session::in_process(hub, config).await?,
             None => Session::connect(config).await?,
         };
-        Ok(Job { cluster, session, hub, _token_file: token_file })
+        Ok(Job { cluster, session, hub, decisions: kept, _token_file: token_file })
     }
 
     /// The hub, on rank 0.
@@ -119,6 +129,11 @@ impl Job {
         self.session.close().await;
         if let Some(hub) = self.hub {
             hub.shutdown().await;
+            if let Some(Err(error)) = self.decisions.map(std::fs::remove_file)
+                && error.kind() != std::io::ErrorKind::NotFound
+            {
+                tracing::debug!(%error, "the list of decisions stays");
+            }
         }
     }
 }
@@ -138,4 +153,8 @@ fn no_token(cluster: &ClusterEnv) -> Error {
 /// Job names hold anything; a file's name must not.
 fn token_path(runtime_dir: &Path, job: &str, hub: &HubAddress) -> PathBuf {
     runtime_dir.join(format!("token-{:016x}-{}", XxHash3_64::oneshot(job.as_bytes()), hub.port))
+}
+
+fn decisions_path(runtime_dir: &Path, job: &str, hub: &HubAddress) -> PathBuf {
+    runtime_dir.join(format!("decisions-{:016x}-{}.json", XxHash3_64::oneshot(job.as_bytes()), hub.port))
 }

@@ -6,6 +6,7 @@ use std::fmt;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use super::Weights;
 use crate::{
     error::Error,
     types::{Epoch, Rank, Version},
@@ -142,6 +143,8 @@ pub enum ToHub {
         /// The attempt.
         epoch: Epoch,
     },
+    /// What my worker has: after each update, and after joining. Answered only where the hub knows more.
+    Weights(Weights),
 }
 
 /// Hub to rank.
@@ -208,9 +211,17 @@ pub enum ToRank {
         /// Why.
         cause: Error,
     },
-    /// All members' workers have mapped their rings: from now on a slow bucket is slow, not waiting for a worker.
+    /// All members' workers have mapped their rings: from now on they are given buckets, and a slow bucket is slow and
+    /// not waiting for a worker. A member that hears [`ToRank::Abort`] instead knows that no worker was touched.
     AllOpened {
         /// The attempt.
         epoch: Epoch,
+    },
+    /// What the hub knows of the rank's worker and the rank may not: after a restart, or when it was in doubt.
+    Weights(Weights),
+    /// A rank has a new session: it has lost the communicators that it was part of.
+    Returned {
+        /// Who.
+        rank: Rank,
     },
 }

@@ -2,7 +2,7 @@
 //!
 //! [`HubMachine`]: super::HubMachine
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use serde::Serialize;
 use tokio::{
@@ -18,6 +18,7 @@ use tokio_util::{
 use super::{
     address::HubAddress,
     hub_machine::{AttemptStatus, RankStatus},
+    journal::Journal,
     server_core::{Core, Input},
     server_gate::Gate,
     token::Token,
@@ -81,10 +82,16 @@ pub struct Hub {
 impl Hub {
     /// Listens and runs the hub.
     pub async fn bind(options: HubOptions) -> Result<Hub> {
+        Self::bind_keeping(options, None).await
+    }
+
+    /// The same; each commit is written to the file `decisions` before anybody is told, and a hub that is started in the
+    /// place of a dead one knows from it how the last updates ended.
+    pub async fn bind_keeping(options: HubOptions, decisions: Option<PathBuf>) -> Result<Hub> {
         let listener = listen(&options.address).await?;
         let address = listener.local_addr().map_err(|e| cannot_listen(&options.address, &e))?;
         let strangers = STRANGERS + 2 * options.world_size as usize;
-        let hub = Self::start(options, Some(address));
+        let hub = Self::start(options, Some(address), decisions);
         tracing::info!(%address, "the hub listens");
         hub.tasks.spawn(accept(listener, hub.gate.clone(), hub.tasks.clone(), strangers, hub.cancel.clone()));
         Ok(hub)
@@ -93,15 +100,15 @@ impl Hub {
     /// Runs a hub without a socket, for ranks that are tasks of this process. `options.address` is not used.
     /// Must be called inside a tokio runtime.
     pub fn in_process(options: HubOptions) -> Hub {
-        Self::start(options, None)
+        Self::start(options, None, None)
     }
 
-    fn start(options: HubOptions, address: Option<SocketAddr>) -> Hub {
+    fn start(options: HubOptions, address: Option<SocketAddr>, decisions: Option<PathBuf>) -> Hub {
         let (inputs, queue) = mpsc::channel(INPUTS);
         let tasks = TaskTracker::new();
         let cancel = CancellationToken::new();
         let gate = Arc::new(Gate::new(&options, inputs.clone()));
-        let core = Core::new(options, inputs.clone(), tasks.clone());
+        let core = Core::new(options, inputs.clone(), tasks.clone(), Journal::open(decisions));
         tasks.spawn(core.run(queue, cancel.clone()));
         let _cancel_on_drop = cancel.clone().drop_guard();
         Hub { address, gate, inputs, tasks, cancel, _cancel_on_drop }

@@ -15,6 +15,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::{
     codec::{BoxWrite, FRAME_BYTES, Receiver, encode},
     hub_machine::{HubConfig, HubMachine},
+    journal::Journal,
     message::{Hello, ToHub, ToRank},
     server::{HubOptions, HubStatus},
     server_gate::refuse,
@@ -61,6 +62,7 @@ struct EncodedGather {
 pub(super) struct Core {
     options: HubOptions,
     machine: HubMachine,
+    journal: Journal,
     connections: BTreeMap<Rank, Connection>,
     next_connection: u64,
     encoded_gather: Option<EncodedGather>,
@@ -70,11 +72,18 @@ pub(super) struct Core {
 }
 
 impl Core {
-    pub(super) fn new(options: HubOptions, inputs: mpsc::Sender<Input>, tasks: TaskTracker) -> Self {
-        let machine = HubMachine::new(HubConfig::new(options.world_size, options.deadlines));
+    pub(super) fn new(
+        options: HubOptions,
+        inputs: mpsc::Sender<Input>,
+        tasks: TaskTracker,
+        journal: Journal,
+    ) -> Self {
+        let machine = HubMachine::new(HubConfig::new(options.world_size, options.deadlines))
+            .going_on(Journal::first_epoch(), journal.decisions());
         Self {
             options,
             machine,
+            journal,
             connections: BTreeMap::new(),
             next_connection: 0,
             encoded_gather: None,
@@ -109,7 +118,9 @@ impl Core {
             self.send_all();
         }
         let cause =
-            Error::new(ErrorKind::PeerLost, "talk to the hub", "the hub was shut down: rank 0 has ended");
+            // In order: nobody need wait for another rank 0.
+            Error::new(ErrorKind::PeerLost, "talk to the hub", "the hub was shut down: rank 0 has ended")
+                .recovery_is(Recovery::Fatal);
         for rank in self.connections.keys().copied().collect::<Vec<_>>() {
             self.close(rank, Some(cause.clone()));
         }
@@ -179,6 +190,10 @@ impl Core {
 
     /// Sends all that the machine has to say. Ends: each round after the first has lost a connection.
     fn send_all(&mut self) {
+        // Before anybody hears of a commit: a hub that is started after this one died must know of it.
+        if let Some(decisions) = self.machine.poll_decisions() {
+            self.journal.write(&decisions);
+        }
         loop {
             let mut stuck = Vec::new();
             while let Some((rank, message)) = self.machine.poll_message() {

@@ -1,7 +1,7 @@
 //! A rank's side of the control plane: one connection to the hub, kept alive by one task.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -18,6 +18,7 @@ use super::{
     server::Hub,
     session_task,
     token::{Token, TokenSource},
+    weights::Weights,
 };
 use crate::{
     deadlines::Deadlines,
@@ -123,76 +124,85 @@ pub enum SessionEvent {
 
 /// A rank's connection to the hub. Cheap to clone; the connection ends when the last clone is dropped.
 ///
-/// A lost session stays lost: join again with [`Session::connect`].
+/// A lost session stays lost until [`Session::rejoin`].
 #[derive(Clone, Debug)]
 pub struct Session {
+    live: Arc<Mutex<Live>>,
+}
+
+/// The connection in use, of all clones.
+#[derive(Debug)]
+struct Live {
     shared: Arc<Shared>,
-    _ends_with_the_last_handle: Arc<DropGuard>,
+    _ends_when_replaced: DropGuard,
 }
 
 impl Session {
     /// Joins the job. Rank 0 may start its hub later: connecting is tried until the join deadline.
     pub async fn connect(config: SessionConfig) -> Result<Session> {
         let connected = connect::connect(&config, Way::Tcp).await?;
-        Ok(Self::start(config, connected))
+        Ok(Self { live: Arc::new(Mutex::new(Live::start(config, connected))) })
+    }
+
+    /// Joins the job again after the session was lost, for all clones: rank 0 may come back within `wait`. Whoever waits
+    /// for the lost one has heard of the loss already. Nothing is done if the session is not lost.
+    pub async fn rejoin(&self, wait: Duration) -> Result<()> {
+        if self.lost().is_none() {
+            return Ok(());
+        }
+        let mut config = self.shared().config.clone();
+        let join = std::mem::replace(&mut config.deadlines.join, wait);
+        let connected = connect::connect(&config, Way::Tcp).await?;
+        config.deadlines.join = join;
+        *lock(&self.live) = Live::start(config, connected);
+        Ok(())
     }
 
     /// Joins a hub of this process without a socket; `config.address` is only used in messages.
     pub async fn in_process(hub: &Hub, config: SessionConfig) -> Result<Session> {
         let connected = connect::connect(&config, Way::InProcess(hub)).await?;
-        Ok(Self::start(config, connected))
+        Ok(Self { live: Arc::new(Mutex::new(Live::start(config, connected))) })
     }
 
-    fn start(config: SessionConfig, connected: connect::Connected) -> Session {
-        let (outgoing, outgoing_queue) = mpsc::channel(OUTGOING_MESSAGES);
-        let cancel = CancellationToken::new();
-        let shared = Arc::new(Shared {
-            config,
-            outgoing,
-            gathers: Mutex::default(),
-            subscriber: Mutex::default(),
-            lease: watch::Sender::new(connected.greeted_at),
-            lost: watch::Sender::new(None),
-            heartbeat: connected.heartbeat,
-            dead_after: connected.dead_after,
-        });
-        session_task::spawn(shared.clone(), connected, outgoing_queue, cancel.clone());
-        Session { shared, _ends_with_the_last_handle: Arc::new(cancel.drop_guard()) }
+    fn shared(&self) -> Arc<Shared> {
+        lock(&self.live).shared.clone()
     }
 
     /// This rank.
     pub fn rank(&self) -> Rank {
-        self.shared.config.rank
+        self.shared().config.rank
     }
 
     /// Ranks of the job.
     pub fn world_size(&self) -> u32 {
-        self.shared.config.world_size
+        self.shared().config.world_size
     }
 
     /// The job's secret, for transports whose listeners ask for one.
     pub fn secret(&self) -> Result<Token> {
-        self.shared.config.token.read()
+        self.shared().config.token.read()
     }
 
     /// The hub's silence limit: a lease is valid this long.
     pub fn dead_after(&self) -> Duration {
-        self.shared.dead_after
+        self.shared().dead_after
     }
 
     /// Queues a message and does not wait. An error if the session is lost or the hub takes nothing.
     pub fn send(&self, message: &ToHub) -> Result<()> {
-        self.shared.send(message)
+        self.shared().send(message)
     }
 
     /// Sends this rank's part of the gather `name` and returns every rank's, in rank order. All ranks of the job must
-    /// call it with the same name. A name needs a counter: the hub remembers those of gathers that failed.
+    /// call it with the same name, which may be used again when all have the answer. Ranks that left the job have empty
+    /// parts.
     pub async fn gather(&self, name: &str, part: Bytes, deadline: Instant) -> Result<Vec<Bytes>> {
         let (reply, answer) = oneshot::channel();
-        let waiting = WaitingGather::new(&self.shared, name, reply)?;
-        tracing::debug!(rank = self.rank(), name, "gathering");
-        self.send(&ToHub::Gather { name: name.to_owned(), part })?;
-        let mut lost = self.shared.lost.subscribe();
+        let shared = self.shared();
+        let waiting = WaitingGather::new(&shared, name, reply)?;
+        tracing::debug!(rank = shared.config.rank, name, "gathering");
+        shared.send(&ToHub::Gather { name: name.to_owned(), part })?;
+        let mut lost = shared.lost.subscribe();
         let result = tokio::select! {
             biased;
             answer = answer => answer.ok(),
@@ -205,7 +215,7 @@ impl Session {
             .with(Key::Rank, self.rank()))),
         };
         drop(waiting);
-        result.unwrap_or_else(|| Err(self.shared.lost_cause()))
+        result.unwrap_or_else(|| Err(shared.lost_cause()))
     }
 
     /// Waits until every rank of the job has called it with the same name.
@@ -217,36 +227,45 @@ impl Session {
     /// nothing more. Without one, messages about updates are dropped.
     pub fn updates(&self) -> Updates {
         let (sender, messages) = mpsc::channel(INCOMING_MESSAGES);
-        *lock(&self.shared.subscriber) = Some(sender);
-        Updates {
-            messages,
-            lease: self.shared.lease.subscribe(),
-            lost: self.shared.lost.subscribe(),
-            loss_told: false,
-        }
+        let shared = self.shared();
+        *lock(&shared.subscriber) = Some(sender);
+        Updates { messages, lease: shared.lease.subscribe(), lost: shared.lost.subscribe(), loss_told: false }
     }
 
     /// When the last answered heartbeat was sent.
     pub fn lease(&self) -> Instant {
-        *self.shared.lease.borrow()
+        *self.shared().lease.borrow()
     }
 
     /// Whether the hub still counts this rank among the living, as far as this rank can know.
     pub fn lease_is_valid(&self) -> bool {
-        self.shared.lost.borrow().is_none() && self.lease().elapsed() < self.shared.dead_after
+        let shared = self.shared();
+        let lease = *shared.lease.borrow();
+        shared.lost.borrow().is_none() && lease.elapsed() < shared.dead_after
     }
 
     /// Why the session has ended, if it has.
     pub fn lost(&self) -> Option<Error> {
-        self.shared.lost.borrow().clone()
+        self.shared().lost.borrow().clone()
+    }
+
+    /// The ranks that have come back with a new session since this was last asked.
+    pub(crate) fn take_returned(&self) -> BTreeSet<Rank> {
+        std::mem::take(&mut lock(&self.shared().returned))
+    }
+
+    /// What the hub said last about this rank's worker.
+    pub fn told_weights(&self) -> Option<Weights> {
+        lock(&self.shared().told).clone()
     }
 
     /// Waits until the session has ended and says why.
     pub async fn until_lost(&self) -> Error {
-        let mut lost = self.shared.lost.subscribe();
-        // The sender lives in `self.shared`, so the wait cannot fail.
+        let shared = self.shared();
+        let mut lost = shared.lost.subscribe();
+        // The sender lives in `shared`, so the wait cannot fail.
         let _ = lost.wait_for(Option::is_some).await;
-        self.shared.lost_cause()
+        shared.lost_cause()
     }
 
     /// Leaves in order: what was sent before still goes out. Other clones find the session lost.
@@ -255,6 +274,27 @@ impl Session {
             // A hub that does not answer is not waited for.
             let _ = tokio::time::timeout(CLOSE_WAIT, self.until_lost()).await;
         }
+    }
+}
+
+impl Live {
+    fn start(config: SessionConfig, connected: connect::Connected) -> Self {
+        let (outgoing, outgoing_queue) = mpsc::channel(OUTGOING_MESSAGES);
+        let cancel = CancellationToken::new();
+        let shared = Arc::new(Shared {
+            config,
+            outgoing,
+            gathers: Mutex::default(),
+            subscriber: Mutex::default(),
+            told: Mutex::default(),
+            returned: Mutex::default(),
+            lease: watch::Sender::new(connected.greeted_at),
+            lost: watch::Sender::new(None),
+            heartbeat: connected.heartbeat,
+            dead_after: connected.dead_after,
+        });
+        session_task::spawn(shared.clone(), connected, outgoing_queue, cancel.clone());
+        Self { shared, _ends_when_replaced: cancel.drop_guard() }
     }
 }
 
@@ -311,7 +351,7 @@ impl<'a> WaitingGather<'a> {
             return Err(Error::new(
                 ErrorKind::Internal,
                 "gather from all ranks",
-                format!("{name:?} is already being gathered; names need a counter"),
+                format!("{name:?} is already being gathered; wait for its answer first"),
             ));
         }
         gathers.insert(name.to_owned(), reply);
@@ -332,6 +372,8 @@ pub(super) struct Shared {
     outgoing: mpsc::Sender<Outgoing>,
     gathers: Mutex<HashMap<String, oneshot::Sender<Result<Vec<Bytes>>>>>,
     subscriber: Mutex<Option<mpsc::Sender<ToRank>>>,
+    told: Mutex<Option<Weights>>,
+    returned: Mutex<BTreeSet<Rank>>,
     lease: watch::Sender<Instant>,
     lost: watch::Sender<Option<Error>>,
     pub(super) heartbeat: Duration,
@@ -390,6 +432,8 @@ impl Shared {
             ToRank::GatherFailed { name, cause } => self.answer_gather(&name, Err(cause)),
             ToRank::Refused { cause } => return Err(cause),
             ToRank::Welcome { .. } | ToRank::Alive => {}
+            ToRank::Weights(weights) => *lock(&self.told) = Some(weights),
+            ToRank::Returned { rank } => drop(lock(&self.returned).insert(rank)),
             ToRank::Begin { .. }
             | ToRank::Go { .. }
             | ToRank::AllOpened { .. }

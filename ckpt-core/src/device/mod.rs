@@ -13,7 +13,10 @@ pub use buffer::{Buffer, BufferSlice, MemoryKind};
 pub use host::runtime_dir;
 pub use stream::{Event, EventState, HostJob, HostStream, OnAbort, RawStream, Stream};
 
-use crate::{error::Result, transport::Probe};
+use crate::{
+    error::{Error, ErrorKind, Result},
+    transport::Probe,
+};
 
 /// How another process finds a ring: what the worker link writes into its first message.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,8 +93,23 @@ pub trait DeviceBackend: Send + Sync + fmt::Debug {
     /// Makes host memory fast to copy from. The result keeps `memory` alive and unpins when dropped. It is a copy at another
     /// address on devices that have [`Self::own_host_memory`].
     fn pin(&self, memory: Arc<dyn Buffer>) -> Result<Arc<dyn Buffer>>;
+    /// Calls `call` with the device current on this thread, for libraries that ask which one that is. Devices that have no
+    /// such notion only call it.
+    fn with_current(&self, call: &mut dyn FnMut()) -> Result<()> {
+        call();
+        Ok(())
+    }
     /// Between a finished one-sided READ into device memory and work that reads those bytes.
     fn flush_remote_writes(&self) -> Result<()>;
+}
+
+/// [`DeviceBackend::with_current`] for a call with a result.
+pub fn while_current<T>(device: &dyn DeviceBackend, call: impl FnOnce() -> Result<T>) -> Result<T> {
+    let (mut call, mut outcome) = (Some(call), None);
+    device.with_current(&mut || outcome = call.take().map(|call| call()))?;
+    outcome.unwrap_or_else(|| {
+        Err(Error::new(ErrorKind::Internal, "make a device current", "the device did not make the call"))
+    })
 }
 
 /// What a device provider needs to open one.

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use reqwest::Url;
 use serde_json::{Value, json};
 
-use super::{Engine, EngineAddress, EngineRequest, client::EngineClient};
+use super::{Engine, EngineAddress, EngineRequest, PauseMode, client::EngineClient};
 use crate::error::{Error, ErrorKind, Result};
 
 const OPERATION: &str = "update the engine";
@@ -22,12 +22,14 @@ const TEMPLATE_LIMIT: usize = 1 << 20;
 pub struct HttpTemplate {
     body: Value,
     ready_path: Option<String>,
+    /// Paths that pause and resume, if the engine has them.
+    pause_paths: Option<(String, String)>,
 }
 
 impl Default for HttpTemplate {
     fn default() -> Self {
         let body = json!({ "endpoints": "{{endpoints}}", "version": "{{version}}" });
-        Self { body, ready_path: None }
+        Self { body, ready_path: None, pause_paths: None }
     }
 }
 
@@ -42,12 +44,19 @@ impl HttpTemplate {
         let sample =
             EngineRequest { endpoints: [("U".into(), "E".into())].into(), version: crate::Version(1) };
         fill(&body, &Values::of(&sample, 1.0))?;
-        Ok(Self { body, ready_path: None })
+        Ok(Self { body, ready_path: None, pause_paths: None })
     }
 
     /// Asks `path` of the same server until it answers with a success. Without it any answer counts as ready.
     pub fn ready_at(mut self, path: impl Into<String>) -> Self {
         self.ready_path = Some(path.into());
+        self
+    }
+
+    /// Posts to `pause` of the same server before an update and to `resume` after it. Both may have a query, in which
+    /// `{mode}` stands for the mode's name.
+    pub fn paused_at(mut self, pause: impl Into<String>, resume: impl Into<String>) -> Self {
+        self.pause_paths = Some((pause.into(), resume.into()));
         self
     }
 }
@@ -99,6 +108,29 @@ impl Engine for HttpEngine {
         let health = self.template.ready_path.as_ref().map(|path| self.at(path));
         let reply = self.client.post(OPERATION, url, &body, health, deadline).await?;
         if reply.status.is_success() { Ok(()) } else { Err(self.client.refused(OPERATION, &reply)) }
+    }
+
+    async fn pause(&self, mode: PauseMode, deadline: Instant) -> Result<bool> {
+        let Some((pause, _)) = &self.template.pause_paths else { return Ok(false) };
+        self.knock("pause the engine", &pause.replace("{mode}", mode.name()), deadline).await?;
+        Ok(true)
+    }
+
+    async fn resume(&self, deadline: Instant) -> Result<()> {
+        let Some((_, resume)) = &self.template.pause_paths else { return Ok(()) };
+        self.knock("resume the engine", resume, deadline).await
+    }
+}
+
+impl HttpEngine {
+    /// An empty POST that must be answered with a success.
+    async fn knock(&self, operation: &'static str, path: &str, deadline: Instant) -> Result<()> {
+        let mut url = self.client.address().url().clone();
+        let (path, query) = path.split_once('?').map_or((path, None), |(path, query)| (path, Some(query)));
+        url.set_path(path);
+        url.set_query(query);
+        let reply = self.client.post(operation, url, &json!({}), None, deadline).await?;
+        if reply.status.is_success() { Ok(()) } else { Err(self.client.refused(operation, &reply)) }
     }
 }
 

@@ -33,6 +33,34 @@ pub struct EngineRequest {
     pub version: Version,
 }
 
+/// How an engine is kept from generating while its weights change.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PauseMode {
+    /// Requests under way are kept and go on afterwards, computed anew from their tokens where the engine can do that.
+    #[default]
+    Keep,
+    /// Requests under way are finished first; may take as long as the longest one.
+    Wait,
+    /// Requests under way are ended.
+    Abort,
+}
+
+impl PauseMode {
+    /// Every mode, by its name on the command line.
+    pub const NAMES: &'static [(&'static str, PauseMode)] =
+        &[("keep", PauseMode::Keep), ("wait", PauseMode::Wait), ("abort", PauseMode::Abort)];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            PauseMode::Keep => "keep",
+            PauseMode::Wait => "wait",
+            PauseMode::Abort => "abort",
+        }
+    }
+}
+
 /// One inference engine (one HTTP server in front of one or more workers).
 #[async_trait]
 pub trait Engine: Send + Sync {
@@ -43,6 +71,17 @@ pub trait Engine: Send + Sync {
     /// Tells the engine; returns when the engine says that the whole update is over, so it runs beside the transfer.
     /// An error carries the engine's status and body.
     async fn update(&self, request: &EngineRequest, deadline: Instant) -> Result<()>;
+    /// Keeps it from generating until [`Engine::resume`]; pausing twice is no error. `false`: it has no such call, which
+    /// is what an engine says that does not know better.
+    async fn pause(&self, mode: PauseMode, deadline: Instant) -> Result<bool> {
+        let _ = (mode, deadline);
+        Ok(false)
+    }
+    /// Lets a paused engine go on, without what it had computed from the old weights.
+    async fn resume(&self, deadline: Instant) -> Result<()> {
+        let _ = deadline;
+        Ok(())
+    }
 }
 
 /// Which engine, and where.

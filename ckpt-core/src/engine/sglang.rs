@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use reqwest::{StatusCode, Url};
 use serde_json::{Value, json};
 
-use super::{Engine, EngineAddress, EngineRequest, client::EngineClient};
+use super::{Engine, EngineAddress, EngineRequest, PauseMode, client::EngineClient};
 use crate::error::{ErrorKind, Result};
 
 const OPERATION: &str = "update SGLang";
@@ -57,5 +57,30 @@ impl Engine for SglangEngine {
             )),
             _ => Err(self.client.refused(OPERATION, &reply)),
         }
+    }
+
+    /// SGLang cannot wait for requests: they are put back into its queue instead, which loses none either.
+    async fn pause(&self, mode: PauseMode, deadline: Instant) -> Result<bool> {
+        let mode = match mode {
+            // Not `in_place`: an update ends with an emptied cache, which running requests would not allow.
+            PauseMode::Keep | PauseMode::Wait => "retract",
+            PauseMode::Abort => "abort",
+        };
+        let url = self.client.address().join("/pause_generation");
+        let reply = self
+            .client
+            .post("pause SGLang", url, &json!({ "mode": mode }), Some(self.health()), deadline)
+            .await?;
+        match reply.status {
+            status if status.is_success() => Ok(true),
+            StatusCode::NOT_FOUND => Ok(false),
+            _ => Err(self.client.refused("pause SGLang", &reply)),
+        }
+    }
+
+    async fn resume(&self, deadline: Instant) -> Result<()> {
+        let url = self.client.address().join("/continue_generation");
+        let reply = self.client.post("resume SGLang", url, &json!({}), Some(self.health()), deadline).await?;
+        if reply.status.is_success() { Ok(()) } else { Err(self.client.refused("resume SGLang", &reply)) }
     }
 }

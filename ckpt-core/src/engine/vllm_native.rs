@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use reqwest::{StatusCode, Url};
 use serde_json::{Value, json};
 
-use super::{Engine, EngineAddress, EngineRequest, client::EngineClient};
+use super::{Engine, EngineAddress, EngineRequest, PauseMode, client::EngineClient, vllm};
 use crate::error::{ErrorKind, Result};
 
 const OPERATION: &str = "update vLLM";
@@ -65,5 +65,12 @@ impl Engine for VllmNativeEngine {
         self.post("/start_weight_update", &json!({}), deadline).await?;
         self.post("/update_weights", &update, deadline).await?;
         self.post("/finish_weight_update", &json!({ "weight_version": version }), deadline).await
+    }
+    async fn pause(&self, mode: PauseMode, deadline: Instant) -> Result<bool> {
+        vllm::pause(&self.client, mode, deadline).await
+    }
+
+    async fn resume(&self, deadline: Instant) -> Result<()> {
+        vllm::resume(&self.client, deadline).await
     }
 }

@@ -10,7 +10,7 @@ mod layout;
 mod part;
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
 };
 
@@ -21,7 +21,7 @@ pub use layout::{EncodedLayout, LayoutDigest, decode_layout};
 pub use part::{LayoutCache, Part};
 
 use crate::{
-    checkpoint::Digests,
+    checkpoint::{DigestAlgorithm, Digests},
     error::{Error, ErrorKind, Key, Result},
     manifest::{Manifest, Share},
     types::{Rank, Version},
@@ -121,6 +121,19 @@ impl Metas {
             ranks.insert(*rank, metas);
         }
         Ok(Self { ranks })
+    }
+
+    /// The digest of every tensor whose owners made one with `algorithm`, by name.
+    pub fn digests(&self, algorithm: DigestAlgorithm) -> HashMap<Arc<str>, u64> {
+        let mut by_name = HashMap::new();
+        for metas in self.ranks.values() {
+            let digests = metas.placement.extension.as_ref().and_then(|e| e.digests.as_ref());
+            if let Some(digests) = digests.filter(|d| d.algorithm == algorithm) {
+                let named = metas.share.tensors().zip(&digests.values);
+                by_name.extend(named.map(|(tensor, digest)| (tensor.meta.name.clone(), *digest)));
+            }
+        }
+        by_name
     }
 
     /// What the planner needs. Shares are not copied.

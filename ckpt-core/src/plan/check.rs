@@ -53,6 +53,28 @@ pub fn check(plan: &UpdatePlan, manifest: &Manifest) -> Result<(), Violation> {
     Ok(())
 }
 
+/// The law that is checked in every update before the first byte moves: every tensor of the manifest is delivered
+/// exactly once.
+pub fn check_coverage(plan: &UpdatePlan, manifest: &Manifest) -> Result<(), Violation> {
+    let mut delivered: HashSet<&str> = HashSet::new();
+    for segment in plan.buckets.iter().flat_map(|b| &b.segments) {
+        let arena = manifest.shares.get(&segment.owner).and_then(|s| s.arenas.get(segment.arena as usize));
+        let range = segment.tensors.start as usize..segment.tensors.end as usize;
+        let Some(listed) = arena.and_then(|arena| arena.tensors.get(range)) else {
+            return Err(Violation(format!("a segment lists tensors that rank {} has not", segment.owner)));
+        };
+        for tensor in listed {
+            let name = &tensor.meta.name;
+            law!(delivered.insert(&**name), "tensor {name:?} is delivered twice");
+        }
+    }
+    for (rank, tensor) in manifest.tensors() {
+        let name = &tensor.meta.name;
+        law!(delivered.contains(&**name), "tensor {name:?} of rank {rank} is never delivered");
+    }
+    Ok(())
+}
+
 /// Sizes, places and roots of one bucket.
 fn check_shape(plan: &UpdatePlan, number: usize, bucket: &Bucket) -> Result<(), Violation> {
     let end = bucket.ring_offset.checked_add(bucket.len_bytes);

@@ -18,7 +18,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-pub use check::{Violation, check, check_interleaving};
+pub use check::{Violation, check, check_coverage, check_interleaving};
 pub use error::PlanError;
 pub use input::{Method, PlanInput, PlanLimits};
 pub use message::bucket_message;
@@ -77,6 +77,11 @@ pub struct UpdatePlan {
 }
 
 impl UpdatePlan {
+    /// Tensors that a worker is handed in the whole update.
+    pub fn tensor_count(&self) -> u64 {
+        self.buckets.iter().flat_map(|b| &b.segments).map(|s| s.tensors.len() as u64).sum()
+    }
+
     /// The buckets that `rank` brings bytes to, ascending: it is the root of one of their segments.
     pub fn loads(&self, rank: Rank) -> Vec<u32> {
         let brings = |bucket: &Bucket| bucket.segments.iter().any(|s| s.root == rank);

@@ -23,11 +23,20 @@ struct Flow {
     starts: f64,
 }
 
+/// A part of a bucket that is to be pulled.
+#[derive(Clone, Debug)]
+struct Waiting {
+    bucket: u32,
+    /// When it may begin.
+    from: f64,
+    /// Bytes by owner.
+    owners: Vec<(usize, u64)>,
+}
+
 /// The buckets of one receiver.
 #[derive(Clone, Debug, Default)]
 struct Receiver {
-    /// Waiting: bucket, when it may begin, and bytes by owner.
-    queue: VecDeque<(u32, f64, Vec<(usize, u64)>)>,
+    queue: VecDeque<Waiting>,
     /// Under way: bucket, flows that are left, when it began.
     open: Vec<(u32, usize, f64)>,
 }
@@ -86,14 +95,14 @@ impl Pulls {
         link
     }
 
-    /// The receiver may pull these bytes of `bucket` from `at` on.
-    pub(super) fn offer(&mut self, receiver: u32, bucket: u32, at: f64, owners: Vec<(usize, u64)>) {
+    /// The receiver may pull these bytes of `bucket` from then on.
+    pub(super) fn offer(&mut self, receiver: u32, bucket: u32, from: f64, owners: Vec<(usize, u64)>) {
         let next = self.state.len();
         let place = *self.receivers.entry(receiver).or_insert(next);
         if place == next {
             self.state.push(Receiver::default());
         }
-        self.state[place].queue.push_back((bucket, at, owners));
+        self.state[place].queue.push_back(Waiting { bucket, from, owners });
     }
 
     /// Goes on until the next part of a bucket is through; `None` if nothing is left.
@@ -144,12 +153,12 @@ impl Pulls {
         let receivers: Vec<(u32, usize)> = self.receivers.iter().map(|(rank, at)| (*rank, *at)).collect();
         for (rank, at) in receivers {
             while self.state[at].open.len() < BUCKETS_AT_ONCE {
-                let Some((_, from, _)) = self.state[at].queue.front() else { break };
-                if *from > self.now {
-                    wake = wake.min(*from);
+                let Some(first) = self.state[at].queue.front() else { break };
+                if first.from > self.now {
+                    wake = wake.min(first.from);
                     break;
                 }
-                let Some((bucket, _, owners)) = self.state[at].queue.pop_front() else { break };
+                let Some(Waiting { bucket, owners, .. }) = self.state[at].queue.pop_front() else { break };
                 self.state[at].open.push((bucket, owners.len(), self.now));
                 let into = network.members[rank as usize];
                 for (owner, bytes) in owners {

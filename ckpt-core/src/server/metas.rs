@@ -49,10 +49,15 @@ impl ParameterServer {
         let part = self.own_part(name).await?.encode()?;
         let parts = self.gather(&format!("metas of {name}"), part).await?;
         let mut metas = Metas::default();
-        for (rank, part) in (0..).zip(parts) {
+        let mut present = Vec::with_capacity(parts.len());
+        let mut version = Version::default();
+        for (rank, part) in (0..).zip(parts).filter(|(_, part)| !part.is_empty()) {
+            present.push(rank);
             let here = |e: Error| e.with(Key::Rank, rank);
             let part = Part::decode(&part).map_err(here)?;
-            let host = part.placement.extension.as_ref().map(|e| e.host.clone()).unwrap_or_default();
+            let extension = part.placement.extension.as_ref();
+            version = version.max(extension.map(|e| e.version).unwrap_or_default());
+            let host = extension.map(|e| e.host.clone()).unwrap_or_default();
             let hca = part.placement.rdma_device.clone();
             self.locations.insert(rank, Location { rank, hca, host });
             let of_rank = self.layouts.resolve(part).map_err(here)?;
@@ -60,6 +65,12 @@ impl ParameterServer {
                 metas.ranks.insert(rank, of_rank);
             }
         }
+        // All ranks proposed one; a restarted process does not know how far the others are.
+        for extension in metas.ranks.values_mut().filter_map(|m| m.placement.extension.as_mut()) {
+            extension.version = version;
+        }
+        self.last_version = version;
+        self.present = present;
         self.layouts.retain(&metas);
         let known = Known::new(metas, false)?;
         let manifest = known.manifest.clone();
@@ -76,6 +87,14 @@ impl ParameterServer {
     /// The metas that an update of `name` would use.
     pub fn metas_of(&self, name: &str) -> Option<&Arc<Metas>> {
         self.gathered.get(name).or(self.loaded.as_ref()).map(|known| &known.metas)
+    }
+
+    /// The version that an update of `name` installs unless the caller has another: agreed when metas were gathered, one
+    /// more than any rank had seen; of loaded metas the sender's. `None` if they say nothing.
+    pub fn version_of(&self, name: &str) -> Option<Version> {
+        let metas = self.metas_of(name)?;
+        let versions = metas.ranks.values().filter_map(|m| m.placement.extension.as_ref()).map(|e| e.version);
+        versions.max().filter(|version| version.0 > 0)
     }
 
     /// Takes another job's metas, for every checkpoint that is not gathered again: updates pull from that job's ranks.
@@ -103,7 +122,9 @@ impl ParameterServer {
             Error::new(ErrorKind::Internal, "share metas", "they cannot be encoded").caused_by(e)
         })?;
         let mut brought = None;
-        for (rank, part) in (0..).zip(self.gather("shared metas", part.into()).await?) {
+        let parts = self.gather("shared metas", part.into()).await?;
+        self.present = (0..).zip(&parts).filter(|(_, part)| !part.is_empty()).map(|(rank, _)| rank).collect();
+        for (rank, part) in (0..).zip(parts).filter(|(_, part)| !part.is_empty()) {
             let part: SharedPart = postcard::from_bytes(&part).map_err(|e| {
                 Error::new(ErrorKind::Corrupt, "share metas", "they cannot be read")
                     .with(Key::Rank, rank)
@@ -121,11 +142,10 @@ impl ParameterServer {
             .ok_or_else(|| Error::new(ErrorKind::Internal, "share metas", "they were not kept"))
     }
 
-    /// A gather of its own name, however often it is called.
+    /// The hub ends it first, since it knows who is missing.
     pub(super) async fn gather(&mut self, name: &str, part: Bytes) -> Result<Vec<Bytes>> {
-        self.gathers += 1;
-        let deadline = Instant::now() + self.deadlines.join;
-        self.session.gather(&format!("{} {name}", self.gathers), part, deadline).await
+        let deadline = Instant::now() + self.deadlines.join + self.deadlines.dead_after;
+        self.session.gather(name, part, deadline).await
     }
 
     pub(super) fn known(&self, name: &str) -> Result<Known> {
@@ -161,6 +181,7 @@ impl ParameterServer {
             foreign: known.foreign,
             reader: self.reader.clone(),
             device: self.device.clone(),
+            check: self.policy.check_pulls,
             locations: self.locations.clone(),
         }))
     }
@@ -174,7 +195,8 @@ impl ParameterServer {
     async fn own_part(&mut self, name: &str) -> Result<Part> {
         let Location { host, hca, .. } = self.location.clone();
         let mut placement = Placement { rdma_device: hca, ..Placement::default() };
-        let mut extension = Extension { host, version: Version::default(), ..Extension::default() };
+        let version = Version(self.last_version.0.saturating_add(1));
+        let mut extension = Extension { host, version, ..Extension::default() };
         let Some(held) = self.checkpoints.get_mut(name) else {
             placement.extension = Some(extension);
             return Ok(Part::with_layout(placement, &EncodedLayout::new(&Share::default())?));

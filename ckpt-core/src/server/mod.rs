@@ -3,6 +3,7 @@
 mod metas;
 mod open;
 mod read;
+mod recovery;
 mod report;
 
 use std::{
@@ -13,14 +14,18 @@ use std::{
 use bytes::Bytes;
 use tracing::Instrument as _;
 
-use self::metas::Known;
+use self::{
+    metas::Known,
+    recovery::{Aftermath, Kept},
+};
 pub use self::{
     open::{OpenOptions, Opened, Reading, address_towards, open},
+    recovery::{OnFailure, Policy},
     report::{Stages, UpdateReport},
 };
 use crate::{
     checkpoint::RegisteredCheckpoint,
-    control::{Joining, Session, ToHub},
+    control::{Joining, Session, ToHub, Weights},
     deadlines::Deadlines,
     device::{DeviceBackend, Ring},
     error::{Error, ErrorKind, Key, Recovery, Result},
@@ -79,6 +84,15 @@ struct Held {
     checkpoint: Arc<RegisteredCheckpoint>,
 }
 
+/// Where the bytes of an update come from: what is known of all ranks, and this rank's own share.
+#[derive(Clone)]
+struct Source {
+    known: Known,
+    /// Readers may go on as long as these live.
+    _registrations: Vec<Arc<dyn Registration>>,
+    checkpoint: Option<Arc<RegisteredCheckpoint>>,
+}
+
 /// Holds a share of checkpoints in host memory and updates running engines from it.
 ///
 /// # Whose memory is read, and for how long
@@ -112,14 +126,21 @@ pub struct ParameterServer {
     kept_ring: Option<Arc<KeptRing>>,
     /// Rings that a worker may still have mapped after a failure.
     quarantine: Vec<Arc<dyn Ring>>,
-    gathers: u64,
+    policy: Policy,
+    /// Ranks that took part in the last gather: those that left are not waited for.
+    present: Vec<Rank>,
+    weights: Weights,
+    /// The highest that this server has seen.
+    last_version: Version,
+    kept: Option<Kept>,
+    may_be_mixed: bool,
 }
 
 impl ParameterServer {
     /// A server without checkpoints. P2P updates read through the one-sided facet of `config.transport`.
     pub fn new(config: ServerConfig) -> Self {
         let rank = config.session.rank();
-        Self {
+        let server = Self {
             rank,
             world_size: config.session.world_size(),
             session: config.session,
@@ -139,8 +160,16 @@ impl ParameterServer {
             keep_ring: false,
             kept_ring: None,
             quarantine: Vec::new(),
-            gathers: 0,
-        }
+            policy: Policy::default(),
+            present: Vec::new(),
+            weights: Weights::default(),
+            last_version: Version::default(),
+            kept: None,
+            may_be_mixed: false,
+        };
+        // A hub that knows more of the worker than this process, which may be a restarted one, says so.
+        server.report_weights();
+        server
     }
 
     /// Reads other ranks' memory, and lets them read ours, through `reader` instead: where the transport that broadcasts
@@ -148,6 +177,16 @@ impl ParameterServer {
     #[must_use]
     pub fn with_reader(mut self, reader: Arc<dyn Transport>) -> Self {
         self.reader = reader;
+        self
+    }
+
+    /// Puts a layer over the transport that broadcasts.
+    #[must_use]
+    pub fn with_layer<T: Transport + 'static>(
+        mut self,
+        layer: impl FnOnce(Arc<dyn Transport>) -> Arc<T>,
+    ) -> Self {
+        self.transport = layer(self.transport);
         self
     }
 
@@ -237,7 +276,7 @@ impl ParameterServer {
     /// updates still has it, and would count on it.
     fn keep(&mut self, group: Group) {
         self.groups.insert(0, group);
-        let all = self.world_size as usize;
+        let all = self.all_ranks().len();
         if self.groups.len() > GROUPS_KEPT
             && let Some(oldest) = self.groups.iter().rposition(|g| g.members.len() < all)
         {
@@ -249,24 +288,49 @@ impl ParameterServer {
     ///
     /// `request.ranks` also says how: see [`UpdateRequest::ranks`].
     pub async fn update(&mut self, request: UpdateRequest) -> Result<UpdateReport> {
+        let source = Source::of(self, &request.checkpoint)?;
+        let name = request.checkpoint.clone();
+        let report = self.move_weights(request, source.clone(), &name).await?;
+        self.keep_source(&name, report.version, source);
+        Ok(report)
+    }
+
+    /// The members of an update that names none.
+    fn all_ranks(&self) -> Vec<Rank> {
+        if self.present.is_empty() { (0..self.world_size).collect() } else { self.present.clone() }
+    }
+
+    /// One update from `source`, which is recorded under the checkpoint's `name`.
+    async fn move_weights(
+        &mut self,
+        request: UpdateRequest,
+        source: Source,
+        name: &str,
+    ) -> Result<UpdateReport> {
         let span = tracing::info_span!(
             "update",
             rank = self.rank,
             checkpoint = request.checkpoint,
             version = request.version.0,
         );
-        self.attempt_update(request).instrument(span).await
+        self.attempt_update(request, source, name).instrument(span).await
     }
 
-    async fn attempt_update(&mut self, mut request: UpdateRequest) -> Result<UpdateReport> {
+    async fn attempt_update(
+        &mut self,
+        mut request: UpdateRequest,
+        source: Source,
+        name: &str,
+    ) -> Result<UpdateReport> {
         let operation = "update weights";
-        let known = self.known(&request.checkpoint)?;
-        let pull = self.pull(&known, !request.ranks.is_empty())?;
+        self.may_be_mixed = false;
+        self.last_version = self.last_version.max(request.version);
+        let Source { known, checkpoint, .. } = &source;
+        let pull = self.pull(known, !request.ranks.is_empty())?;
         let p2p = pull.is_some();
-        let held = self.checkpoints.get(&request.checkpoint).map(|held| held.checkpoint.clone());
-        let arenas = held.map(|c| c.arenas.clone()).unwrap_or_default();
+        let arenas = checkpoint.as_ref().map(|c| c.arenas.clone()).unwrap_or_default();
         if request.ranks.is_empty() {
-            request.ranks = (0..self.world_size).collect();
+            request.ranks = self.all_ranks();
         }
         request.ranks.sort_unstable();
         request.ranks.dedup();
@@ -283,8 +347,11 @@ impl ParameterServer {
         }
         let trace = Trace::default();
         let updates = self.session.updates();
-        // A communicator that broke since the last update is no use to anyone.
-        self.groups.retain(|g| g.communicator.abort.poisoned().is_none());
+        // A communicator that broke since the last update, or that a member has lost, is no use to anyone.
+        let returned = self.session.take_returned();
+        self.groups.retain(|g| {
+            g.communicator.abort.poisoned().is_none() && !g.members.iter().any(|r| returned.contains(r))
+        });
         let kept = self.groups.iter().position(|g| g.members == request.ranks);
         let group = kept.map(|index| self.groups.remove(index));
         let leader = request.ranks.first() == Some(&self.rank);
@@ -315,13 +382,15 @@ impl ParameterServer {
             pull,
             sink: request.sink,
             engine: request.engine,
+            pause: self.policy.pause,
+            leave: self.policy.on_failure == OnFailure::Leave,
             group,
             keep_ring: self.keep_ring,
             kept_ring: self.kept_ring.take(),
             quarantine: std::mem::take(&mut self.quarantine),
             trace: trace.clone(),
         };
-        let Ended { outcome, epoch, plan, group, kept_ring, quarantine } =
+        let Ended { outcome, epoch, plan, group, kept_ring, quarantine, touched, may_be_mixed, finished } =
             drive(attempt, self.session.clone(), updates).await;
         if let Some(group) = group {
             // An update of all ranks and one of some alternate without building anything anew.
@@ -329,6 +398,16 @@ impl ParameterServer {
         }
         self.kept_ring = kept_ring;
         self.quarantine = quarantine;
+        self.may_be_mixed = may_be_mixed;
+        self.record(&Aftermath {
+            outcome: &outcome,
+            epoch: epoch.unwrap_or_default(),
+            checkpoint: name,
+            version: request.version,
+            members: &request.ranks,
+            touched,
+            finished,
+        });
         match outcome {
             Outcome::Committed { failure: None } => Ok(UpdateReport::new(
                 request.version,

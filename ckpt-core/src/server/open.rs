@@ -10,7 +10,6 @@ use crate::{
     control::{Job, JobOptions, Token, host_name},
     device::DeviceConfig,
     error::{Error, ErrorKind, Key, Result},
-    layer::{Chaos, ChaosConfig},
     plan::PlanLimits,
     topology::{Accelerators, devices_of_rank},
     transport::{AUTO, Registry, Requirement, Transport, TransportConfig},
@@ -42,8 +41,6 @@ pub struct OpenOptions {
     pub bind: Option<IpAddr>,
     /// Connections between two ranks, for transports that stripe.
     pub connections: usize,
-    /// Faults that the transport is to have, for tests; every rank gets a seed of its own.
-    pub chaos: Option<ChaosConfig>,
     /// The memory limits.
     pub limits: PlanLimits,
 }
@@ -66,12 +63,16 @@ const SYSFS_VARIABLE: &str = "CKPT_SYSFS";
 /// Where the rank is in the network follows from `PS_P2P_STORE_RDMA_DEVICES`, `NCCL_IB_HCA` and the PCI tree, as
 /// [`crate::topology::choose`] says.
 pub async fn open(options: OpenOptions, registry: &Registry) -> Result<Opened> {
-    let OpenOptions { job, device, transport, reader, reading, bind, connections, chaos, limits } = options;
+    let OpenOptions { job, device, transport, reader, reading, bind, connections, limits } = options;
     let (cluster, deadlines, runtime_dir) = (job.cluster.clone(), job.deadlines, job.runtime_dir.clone());
     let device_config =
         DeviceConfig { rank: cluster.rank, local_rank: cluster.local_rank, runtime_dir: runtime_dir.clone() };
     let device = registry.open_device(&device, &device_config)?;
     let job = Job::join(job).await?;
+    // A parameter server that died may have left this device's worker waiting for it.
+    let uuid = device.info().uuid.clone();
+    let freeing = crate::sink::release_in_background(runtime_dir.clone(), Some(uuid));
+    tracing::trace!(?freeing, "looking for stranded workers");
     let bind = match bind {
         Some(address) => address,
         None if cluster.is_single_host() => IpAddr::V4(Ipv4Addr::LOCALHOST),
@@ -86,11 +87,7 @@ pub async fn open(options: OpenOptions, registry: &Registry) -> Result<Opened> {
         across_hosts: !cluster.is_single_host(),
     };
     let (transport, reader) = names(&transport, &reader, registry)?;
-    let mut transport = registry.open_transport(transport, &config, required)?;
-    if let Some(chaos) = chaos {
-        let seed = chaos.seed ^ u64::from(cluster.rank) << 32;
-        transport = Chaos::wrap(transport, ChaosConfig { seed, ..chaos });
-    }
+    let transport = registry.open_transport(transport, &config, required)?;
     let name = transport.name();
     let reader =
         open_reader(reader, reading, transport.clone(), config, !cluster.is_single_host(), registry)?;

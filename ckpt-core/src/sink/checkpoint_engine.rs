@@ -14,11 +14,11 @@ use tokio::{
 
 use super::{
     Afterwards, BucketMessage, WeightSink, ce_message,
-    gate::{self, Gate, Protocol},
+    gate::{Gate, Protocol},
     zmtp::{Replier, ZmtpError},
 };
 use crate::{
-    device::{Ring, host::check_private_dir},
+    device::Ring,
     error::{Error, ErrorKind, Key, Result},
     liveness,
     worker::wire::clip,
@@ -32,7 +32,7 @@ const LEAVE: Duration = Duration::from_millis(500);
 const FIRST_ANSWER: Duration = Duration::from_secs(5);
 /// Longest part of a worker's reply that goes into an error.
 const MAX_REPORT: usize = 16 << 10;
-const FILE_KIND: &str = "ce";
+pub(super) const FILE_KIND: &str = "ce";
 
 /// What the worker understands; there is no negotiation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -69,7 +69,7 @@ impl CheckpointEngineSink {
         let gate =
             Gate::bind(runtime_dir, FILE_KIND, uuid, ZmtpProtocol).map_err(|e| e.with(Key::Worker, uuid))?;
         let endpoint = format!("ipc://{}", gate.path().display());
-        let link = Link { gate, peer: None, lost: None, untouched: true, stopped: false };
+        let link = Link::new(gate);
         Ok(Self { uuid: uuid.to_owned(), endpoint, wire, stage: Stage::Bound, link: Some(link) })
     }
 
@@ -219,45 +219,8 @@ impl WeightSink for CheckpointEngineSink {
     }
 }
 
-/// Frees the workers of the device `uuid` that wait for a parameter server which died: binds the endpoint that it left
-/// in `runtime_dir` again and sends an exception. Returns how many were told by the deadline. Call it at start.
-pub async fn release_stranded_workers(runtime_dir: &Path, uuid: &str, deadline: Instant) -> Result<u32> {
-    check_private_dir(runtime_dir)?;
-    let entries = std::fs::read_dir(runtime_dir).map_err(|e| {
-        Error::new(ErrorKind::Backend, "look for stranded workers", "cannot read the runtime folder")
-            .with(Key::Path, runtime_dir.display())
-            .caused_by(e)
-    })?;
-    let prefix = gate::file_prefix(FILE_KIND, uuid);
-    let mut told = tokio::task::JoinSet::new();
-    for entry in entries.flatten() {
-        let path = entry.path();
-        let ours = entry.file_name().to_str().is_some_and(|n| n.starts_with(&prefix) && n.ends_with(".sock"));
-        // A live parameter server listens as long as its link lives; a dead one refuses.
-        let refused = matches!(
-            UnixStream::connect(&path).await,
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused
-        );
-        if !ours || !refused || std::fs::remove_file(&path).is_err() {
-            continue;
-        }
-        let gate = Gate::bind_path(&path, ZmtpProtocol)?;
-        tracing::info!(path = %path.display(), "a dead parameter server left an endpoint; telling its worker");
-        let link = Link { gate, peer: None, lost: None, untouched: true, stopped: false };
-        told.spawn(async move {
-            let text = "the parameter server of this update died; the weights may be mixed, update again";
-            timeout_at(deadline.into(), link.raise(text)).await.is_ok()
-        });
-    }
-    let mut count = 0;
-    while let Some(done) = told.join_next().await {
-        count += u32::from(done.unwrap_or(false));
-    }
-    Ok(count)
-}
-
 #[derive(Debug)]
-struct Link {
+pub(super) struct Link {
     gate: Gate<ZmtpProtocol>,
     peer: Option<Replier>,
     lost: Option<Lost>,
@@ -275,8 +238,13 @@ enum Lost {
 }
 
 impl Link {
+    /// To a worker that may come to `gate`.
+    pub(super) fn new(gate: Gate<ZmtpProtocol>) -> Self {
+        Self { gate, peer: None, lost: None, untouched: true, stopped: false }
+    }
+
     /// Makes the worker raise, however long it takes.
-    async fn raise(mut self, text: &str) {
+    pub(super) async fn raise(mut self, text: &str) {
         let far = Instant::now() + LINGER;
         if self.lost == Some(Lost::ByPeer) {
             return;
@@ -358,7 +326,7 @@ fn printable_runs(bytes: &[u8]) -> String {
 }
 
 #[derive(Debug)]
-struct ZmtpProtocol;
+pub(super) struct ZmtpProtocol;
 
 impl Protocol for ZmtpProtocol {
     type Peer = Replier;

@@ -7,6 +7,7 @@ mod layout;
 mod native;
 mod pickle;
 mod protocol;
+mod stranded;
 mod stream;
 pub(crate) mod zmtp;
 
@@ -14,10 +15,11 @@ use std::time::Instant;
 
 use async_trait::async_trait;
 
-pub use checkpoint_engine::{CheckpointEngineSink, WireVersion, release_stranded_workers};
+pub use checkpoint_engine::{CheckpointEngineSink, WireVersion};
 pub use layout::Layout;
 pub use native::{NativeSink, NativeSinkConfig};
 pub use protocol::WorkerProtocol;
+pub use stranded::{release_in_background, release_stranded_workers};
 pub use stream::{StreamBucket, StreamSink, StreamTensor, TensorStream, stream};
 
 use crate::{

@@ -30,6 +30,7 @@ use crate::{
 const LATE: Duration = Duration::from_secs(1);
 /// Tensors of one layout frame.
 const LAYOUT_CHUNK: usize = 16_384;
+pub(super) const FILE_KIND: &str = "native";
 
 /// What makes a [`NativeSink`] faster or stricter than the plain one of `Default`.
 #[derive(Clone, Debug, Default)]
@@ -73,7 +74,7 @@ impl NativeSink {
     pub fn bind(runtime_dir: &Path, uuid: &str, config: NativeSinkConfig) -> Result<Self> {
         let protocol = NativeProtocol { uuid: uuid.to_owned() };
         let gate =
-            Gate::bind(runtime_dir, "native", uuid, protocol).map_err(|e| e.with(Key::Worker, uuid))?;
+            Gate::bind(runtime_dir, FILE_KIND, uuid, protocol).map_err(|e| e.with(Key::Worker, uuid))?;
         let endpoint = format!("{}{}", crate::worker::ENDPOINT_SCHEME, gate.path().display());
         Ok(Self {
             uuid: uuid.to_owned(),

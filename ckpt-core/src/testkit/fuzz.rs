@@ -13,6 +13,7 @@ use crate::{
     control::{ToHub, ToRank, codec},
     engine::HttpTemplate,
     metas::{Metas, decode_layout},
+    predict::Cluster,
     sink::{checkpoint_engine::read_reply, zmtp::Replier},
     topology::HcaFilter,
     transport::tcp::wire as tcp,
@@ -35,6 +36,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("tcp_frames", tcp_frames),
     ("hca_strings", hca_strings),
     ("engine_templates", engine_templates),
+    ("cluster_files", cluster_files),
 ];
 
 fn safetensors_header(data: &[u8]) {
@@ -166,6 +168,18 @@ fn hca_strings(data: &[u8]) {
 fn engine_templates(data: &[u8]) {
     if let Ok(text) = std::str::from_utf8(data) {
         let _ = HttpTemplate::parse(text);
+    }
+}
+
+/// A cluster as JSON: the command line reads the same from TOML.
+fn cluster_files(data: &[u8]) {
+    let Ok(cluster) = serde_json::from_slice::<Cluster>(data) else { return };
+    if cluster.validate().is_ok() {
+        let devices = cluster.devices();
+        assert!(devices > 0 && cluster.node_count() > 0, "a cluster of nothing");
+        assert!(cluster.slot(0).is_some() && cluster.slot(devices - 1).is_some(), "a device without a place");
+        assert_eq!(cluster.slot(devices), None);
+        let _ = cluster.free_bytes();
     }
 }
 

@@ -13,6 +13,8 @@ pub enum Law {
     NoGarbage,
     /// A worker is asked one thing at a time, and only after it mapped the ring.
     Lockstep,
+    /// No worker is given a bucket before every worker has mapped its ring.
+    Together,
     /// Nothing is published after this rank's epoch was aborted.
     NoPublishAfterAbort,
     /// Nothing is published by a rank that the hub may hold dead.

@@ -406,6 +406,11 @@ impl Model {
             );
         }
         r.publishing = Some(bucket);
+        if let Some(other) = self.ranks.iter().position(|r| r.has_worker && !r.opened) {
+            let what =
+                format!("rank {rank} publishes bucket {bucket} while the worker of {other} has no ring");
+            return broken(Law::Together, what);
+        }
         self.worker_reads(rank, bucket)
     }
 

@@ -20,7 +20,7 @@ pub(crate) fn to_hub(action: &Action) -> Option<ToHub> {
     })
 }
 
-/// `None` for what is not the update's: session and gathers.
+/// `None` for what is not the update's: session, gathers and what is remembered.
 pub(crate) fn to_event(message: ToRank) -> Option<Event> {
     Some(match message {
         ToRank::Begin { epoch, members, communicator } => Event::Begun { epoch, members, communicator },
@@ -33,7 +33,9 @@ pub(crate) fn to_event(message: ToRank) -> Option<Event> {
         | ToRank::Refused { .. }
         | ToRank::Alive
         | ToRank::Gathered { .. }
-        | ToRank::GatherFailed { .. } => return None,
+        | ToRank::GatherFailed { .. }
+        | ToRank::Weights(_)
+        | ToRank::Returned { .. } => return None,
     })
 }
 

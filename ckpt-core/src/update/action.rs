@@ -31,7 +31,7 @@ pub enum Action {
     StartEngine,
     /// Hand the ring to the worker. Answered by [`Event::SinkOpened`].
     OpenSink,
-    /// Tell the hub that the worker has mapped the ring (or that there is none). Gates no byte: it starts clocks.
+    /// Tell the hub that the worker has mapped the ring (or that there is none).
     SendOpened {
         /// The attempt.
         epoch: Epoch,
@@ -138,7 +138,7 @@ pub enum Event {
     },
     /// The worker has mapped the ring.
     SinkOpened,
-    /// From the hub: every member's worker has mapped its ring.
+    /// From the hub: every member's worker has mapped its ring. Before that no worker is given a bucket.
     AllOpened {
         /// The attempt.
         epoch: Epoch,

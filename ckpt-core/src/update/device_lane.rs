@@ -11,7 +11,7 @@ use std::{
 
 use tokio::{
     sync::{Semaphore, mpsc, oneshot},
-    task::{JoinHandle, JoinSet},
+    task::JoinHandle,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -275,7 +275,7 @@ impl DeviceLane {
     }
 }
 
-/// Posts reads in plan order, a few at once.
+/// Begins buckets in plan order: each when all reads of the one before are under way.
 struct PullTask {
     plan: Arc<UpdatePlan>,
     puller: Arc<Puller>,
@@ -288,57 +288,21 @@ struct PullTask {
 
 impl PullTask {
     async fn run(mut self, stop: CancellationToken) {
-        let places = Arc::new(Semaphore::new(self.puller.reads_at_once));
+        let turns = Arc::new(Semaphore::new(1));
         while let Some((bucket, done)) = self.inbox.recv().await {
-            let start = self.trace.now();
-            let posted = self.post(bucket, &places, &stop).await;
+            // The semaphore is never closed.
+            let Ok(turn) = turns.clone().acquire_owned().await else { return };
             let (plan, puller, h2d) = (self.plan.clone(), self.puller.clone(), self.h2d.clone());
-            let trace = self.trace.clone();
+            let (trace, limit) = (self.trace.clone(), self.limit);
             self.pulling.spawn(stop.clone().run_until_cancelled_owned(async move {
-                let outcome = match posted {
-                    Ok(reads) => all_read(reads)
-                        .await
-                        .and_then(|()| puller.settle(&plan.buckets[bucket as usize], &*h2d)),
-                    Err(cause) => Err(cause),
-                };
+                let start = trace.now();
+                let outcome = puller.pull(&plan.buckets[bucket as usize], bucket, &*h2d, limit, turn).await;
                 trace.end(Stage::Pull, Some(bucket), start);
                 // Nobody waits after an abort.
                 let _ = done.send(outcome);
             }));
         }
     }
-
-    /// Returns when the bucket's last read has a place among those under way.
-    async fn post(&self, bucket: u32, places: &Arc<Semaphore>, stop: &CancellationToken) -> Result<Reads> {
-        let mut tasks = JoinSet::new();
-        for read in self.puller.reads(&self.plan.buckets[bucket as usize])? {
-            let place = places.clone().acquire_owned().await.map_err(|_| stopped())?;
-            let (puller, limit) = (self.puller.clone(), self.limit);
-            let task = async move {
-                let outcome = puller.read(read, limit).await;
-                drop(place);
-                outcome
-            };
-            tasks.spawn(self.pulling.track_future(stop.clone().run_until_cancelled_owned(task)));
-        }
-        Ok(tasks)
-    }
-}
-
-/// The reads of one bucket; those that were stopped answer nothing.
-type Reads = JoinSet<Option<Result<()>>>;
-
-async fn all_read(mut reads: Reads) -> Result<()> {
-    while let Some(read) = reads.join_next().await {
-        match read {
-            Ok(Some(outcome)) => outcome?,
-            Ok(None) => return Err(stopped()),
-            Err(error) => {
-                return Err(Error::new(ErrorKind::Internal, "pull weights", "a task ended").caused_by(error));
-            }
-        }
-    }
-    Ok(())
 }
 
 struct ExchangeTask {

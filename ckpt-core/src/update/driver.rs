@@ -6,14 +6,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{
-    sync::mpsc,
-    task::{AbortHandle, JoinHandle},
-};
+use tokio::{sync::mpsc, task::JoinHandle};
 
 use super::{
     Action, Event, MachineConfig, Outcome, UpdateMachine,
     device_lane::{DeviceLane, DeviceWork},
+    engine_lane::{EngineLane, Verdict},
     kept::KeptRing,
     pull::{Pull, Puller},
     trace::{Stage, Trace},
@@ -23,7 +21,7 @@ use crate::{
     control::{CommunicatorChoice, Member, Session, SessionEvent, ToHub, ToRank, Updates},
     deadlines::Deadlines,
     device::{Buffer, DeviceBackend, Ring},
-    engine::{Engine, EngineRequest},
+    engine::{Engine, EngineRequest, PauseMode},
     error::{Error, ErrorKind, Key, Recovery, Result},
     manifest::Manifest,
     plan::{self, Method, PlanInput, PlanLimits, UpdatePlan},
@@ -69,6 +67,10 @@ pub(crate) struct Attempt {
     pub(crate) pull: Option<Pull>,
     pub(crate) sink: Option<Box<dyn WeightSink>>,
     pub(crate) engine: Option<EngineCall>,
+    /// How the engine is paused; `None`: it is not.
+    pub(crate) pause: Option<PauseMode>,
+    /// After a failure in the middle the engine serves again, whatever its weights are.
+    pub(crate) leave: bool,
     pub(crate) group: Option<Group>,
     /// Keep the ring for the next update.
     pub(crate) keep_ring: bool,
@@ -90,6 +92,12 @@ pub(crate) struct Ended {
     pub(crate) kept_ring: Option<Arc<KeptRing>>,
     /// Rings that a worker may still have mapped.
     pub(crate) quarantine: Vec<Arc<dyn Ring>>,
+    /// This rank's worker was given a bucket.
+    pub(crate) touched: bool,
+    /// Some rank's worker may have been given one. The same on all members that still hear the hub.
+    pub(crate) may_be_mixed: bool,
+    /// After the commit: this rank's worker and engine are through.
+    pub(crate) finished: bool,
 }
 
 /// Tells the hub of an update whose caller went away in the middle: nobody else would, and all others would wait.
@@ -140,7 +148,10 @@ pub(crate) async fn drive(mut attempt: Attempt, session: Session, mut updates: U
         worker,
         device_lane: None,
         prepare: None,
-        engine_task: None,
+        engine_lane: None,
+        touched: false,
+        all_opened: false,
+        finished: false,
         members: Vec::new(),
         epoch: None,
         plan: None,
@@ -163,7 +174,10 @@ struct Driver {
     worker: Option<WorkerLane>,
     device_lane: Option<DeviceLane>,
     prepare: Option<JoinHandle<Result<Prepared>>>,
-    engine_task: Option<AbortHandle>,
+    engine_lane: Option<EngineLane>,
+    touched: bool,
+    all_opened: bool,
+    finished: bool,
     members: Vec<Member>,
     epoch: Option<Epoch>,
     plan: Option<Arc<UpdatePlan>>,
@@ -236,7 +250,10 @@ impl Driver {
             }
             ToRank::Closed { epoch, failure } => Some(Event::Closed { epoch, failure }),
             ToRank::Abort { epoch, cause } => Some(Event::HubAborted { epoch, cause }),
-            ToRank::AllOpened { epoch } => Some(Event::AllOpened { epoch }),
+            ToRank::AllOpened { epoch } => {
+                self.all_opened |= self.epoch == Some(epoch);
+                Some(Event::AllOpened { epoch })
+            }
             // Welcome, refusals and gathers are the session's own business.
             _ => None,
         }
@@ -270,7 +287,10 @@ impl Driver {
             }
             Action::Load { bucket } => self.device_lane()?.load(bucket)?,
             Action::Exchange { bucket } => self.device_lane()?.exchange(bucket),
-            Action::Publish { bucket } => self.worker()?.call(Call::Deliver { bucket }),
+            Action::Publish { bucket } => {
+                self.touched = true;
+                self.worker()?.call(Call::Deliver { bucket });
+            }
             Action::Free { bucket } => {
                 if let (Some(ring), Some(plan)) = (&self.ring, &self.plan) {
                     let bucket = &plan.buckets[bucket as usize];
@@ -279,6 +299,7 @@ impl Driver {
             }
             Action::SendLoaded { epoch } => {
                 *stage = (Stage::Commit, now);
+                self.covered()?;
                 self.session.send(&ToHub::Loaded { epoch })?;
             }
             Action::ReleaseSink => self.worker()?.call(Call::Release),
@@ -289,6 +310,7 @@ impl Driver {
                 self.worker()?.call(Call::Finish);
             }
             Action::SendFinished { epoch, failure } => {
+                self.finished = failure.is_none();
                 let failure = failure.map(|f| f.flattened());
                 self.session.send(&ToHub::Finished { epoch, failure })?;
             }
@@ -300,6 +322,17 @@ impl Driver {
             Action::End(_) => {}
         }
         Ok(())
+    }
+
+    /// The gate before the word that leads to the commit: the worker has taken every tensor, each once.
+    fn covered(&self) -> Result<()> {
+        let (Some(worker), Some(plan)) = (&self.worker, &self.plan) else { return Ok(()) };
+        let (taken, all) = (worker.taken(), plan.tensor_count());
+        if taken == all {
+            return Ok(());
+        }
+        let text = format!("the worker took {taken} of {all} tensors; the update is not committed");
+        Err(Error::new(ErrorKind::Corrupt, "update weights", text).with(Key::Rank, self.attempt.rank))
     }
 
     fn prepare(&mut self, epoch: Epoch, members: &[Member], choice: CommunicatorChoice) {
@@ -321,7 +354,7 @@ impl Driver {
         let trace = self.attempt.trace.clone();
         self.prepare = Some(tokio::spawn(async move {
             let start = trace.now();
-            let plan_ranks = ranks.clone();
+            let (plan_ranks, planned) = (ranks.clone(), trace.clone());
             let plan_and_ring = tokio::task::spawn_blocking(move || -> Result<_> {
                 let plan = plan::plan(&PlanInput {
                     manifest: &manifest,
@@ -338,7 +371,11 @@ impl Driver {
                     drop(kept_ring);
                     (device.allocate_ring(ring_bytes)?, None)
                 };
-                let puller = pull.map(|pull| pull.puller(&plan, rank, &*ring)).transpose()?.flatten();
+                plan::check_coverage(&plan, &manifest).map_err(|violation| {
+                    Error::new(ErrorKind::Internal, "plan an update", violation.to_string())
+                })?;
+                let puller =
+                    pull.map(|pull| pull.puller(&plan, rank, &*ring, &planned)).transpose()?.flatten();
                 Ok((Arc::new(plan), ring, kept_ring, puller))
             });
             let group = connect(&*transport, rank, ranks, epoch, choice, group, deadline);
@@ -397,23 +434,10 @@ impl Driver {
             .filter_map(|m| Some((m.device_uuid.clone(), m.endpoint.clone()?)))
             .collect();
         let request = EngineRequest { endpoints, version: self.attempt.version };
-        let ready = Instant::now() + self.attempt.deadlines.ready;
-        let over = Instant::now() + self.attempt.deadlines.total;
-        let (events, trace, rank) = (self.events.clone(), self.attempt.trace.clone(), self.attempt.rank);
-        let task = tokio::spawn(async move {
-            let start = trace.now();
-            let told = async {
-                call.engine.ready(ready).await?;
-                call.engine.update(&request, over).await
-            };
-            let event = match told.await {
-                Ok(()) => Event::EngineDone,
-                Err(cause) => Event::Failed { cause: cause.with(Key::Rank, rank) },
-            };
-            trace.end(Stage::Engine, None, start);
-            let _ = events.send(event);
-        });
-        self.engine_task = Some(task.abort_handle());
+        let Attempt { pause, deadlines, rank, trace, .. } = &self.attempt;
+        let events = self.events.clone();
+        self.engine_lane =
+            Some(EngineLane::spawn(call, request, *pause, *deadlines, *rank, trace.clone(), events));
         Ok(())
     }
 
@@ -432,14 +456,23 @@ impl Driver {
         }
     }
 
-    async fn end(mut self, outcome: Outcome) -> Ended {
+    async fn end(mut self, mut outcome: Outcome) -> Ended {
         let limit = self.attempt.deadlines.abort;
         self.cancelled.over = true;
         let well = matches!(outcome, Outcome::Committed { failure: None });
-        if let (Some(task), false) = (&self.engine_task, well) {
-            // The worker was told to raise; the engine's answer says nothing new.
-            task.abort();
-        }
+        let verdict = match &outcome {
+            Outcome::Committed { failure: None } => Verdict::Well,
+            Outcome::Committed { failure: Some(_) } => Verdict::AfterCommit,
+            Outcome::Failed { .. } | Outcome::InDoubt { .. } if !self.all_opened => Verdict::Untouched,
+            Outcome::Failed { .. } | Outcome::InDoubt { .. } => Verdict::Mixed { leave: self.attempt.leave },
+        };
+        let (engine_lane, deadlines) = (self.engine_lane.take(), self.attempt.deadlines);
+        let engine_ended = async {
+            match engine_lane {
+                Some(lane) => lane.end(verdict, deadlines).await,
+                None => Ok(()),
+            }
+        };
         let stopped = async {
             if let Some(prepare) = self.prepare.take() {
                 prepare.abort();
@@ -456,7 +489,13 @@ impl Driver {
                 None => None,
             }
         };
-        let ((), let_go) = tokio::join!(stopped, let_go);
+        let ((), let_go, resumed) = tokio::join!(stopped, let_go, engine_ended);
+        match (&mut outcome, resumed) {
+            (_, Ok(())) => {}
+            // The new weights are in, but nobody gets to use them.
+            (Outcome::Committed { failure: failure @ None }, Err(cause)) => *failure = Some(cause),
+            (_, Err(error)) => tracing::warn!(%error, "the engine could not be resumed"),
+        }
         if well {
             self.end_device_lane().await;
         }
@@ -467,7 +506,17 @@ impl Driver {
         if let Some(let_go) = let_go.filter(|q| !q.worker_let_go) {
             quarantine.extend(let_go.ring.or_else(|| self.ring.take()));
         }
-        Ended { outcome, epoch: self.epoch, plan: self.plan, group, kept_ring, quarantine }
+        Ended {
+            outcome,
+            epoch: self.epoch,
+            plan: self.plan,
+            group,
+            kept_ring,
+            quarantine,
+            touched: self.touched,
+            may_be_mixed: self.all_opened,
+            finished: self.finished,
+        }
     }
 
     /// After the last bucket: takes the communicator out of the lane, for the next update.

@@ -422,7 +422,7 @@ impl UpdateMachine {
             && bucket < self.written
             && (self.exchanged[bucket as usize] || !self.keeps(Rule::PublishAfterExchange))
             && (self.acked == bucket || !self.keeps(Rule::PublishAfterAck))
-            && (self.sink == Sink::Open || !self.keeps(Rule::PublishAfterOpen))
+            && (self.all_opened.is_some() || !self.keeps(Rule::PublishAfterAllOpened))
     }
 
     fn may_free(&self, bucket: u32) -> bool {

@@ -3,6 +3,7 @@
 mod action;
 mod device_lane;
 pub(crate) mod driver;
+mod engine_lane;
 pub(crate) mod kept;
 mod machine;
 pub(crate) mod pull;

@@ -13,8 +13,8 @@ pub enum Rule {
     PublishAfterExchange,
     /// A bucket is published only after the previous one was acked.
     PublishAfterAck,
-    /// A bucket is published only after the worker mapped the ring.
-    PublishAfterOpen,
+    /// The first bucket is published only after all members' workers mapped their rings: until then no worker is touched.
+    PublishAfterAllOpened,
     /// Nothing is published from a poisoned epoch.
     PublishHealthy,
     /// A rank whose lease is over fences itself.
@@ -81,7 +81,7 @@ impl Rule {
         Rule::WriteAfterExchange,
         Rule::PublishAfterExchange,
         Rule::PublishAfterAck,
-        Rule::PublishAfterOpen,
+        Rule::PublishAfterAllOpened,
         Rule::PublishHealthy,
         Rule::Lease,
         Rule::TimeoutsFirst,

@@ -23,6 +23,8 @@ pub enum Stage {
     Load,
     /// In a P2P update: the bucket's segments come from their owners' memory, from asked for to done.
     Pull,
+    /// What was pulled is compared with its owner's digests.
+    Check,
     /// The bucket's group of broadcasts, from enqueued to done.
     Exchange,
     /// The bucket is with the worker.
@@ -33,6 +35,8 @@ pub enum Stage {
     Release,
     /// The worker's post hook.
     PostHook,
+    /// The engine gets ready and is paused.
+    Pause,
     /// The engine's request.
     Engine,
     /// After a failure: abort and telling the worker.

@@ -1,7 +1,10 @@
 //! The worker's lane: one task owns the sink and performs its calls in order, and can be cut short by an abort.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -37,6 +40,8 @@ pub(super) enum Call {
 pub(super) struct WorkerLane {
     calls: mpsc::UnboundedSender<Call>,
     abort: watch::Sender<Option<Error>>,
+    /// Tensors that the worker has acked.
+    taken: Arc<AtomicU64>,
     task: JoinHandle<Quarantine>,
 }
 
@@ -56,13 +61,21 @@ impl WorkerLane {
     ) -> Self {
         let (calls, inbox) = mpsc::unbounded_channel();
         let (abort, aborted) = watch::channel(None);
-        let lane = Lane { sink, deadlines, trace, events, inbox, aborted, ring: None, layout: None };
-        Self { calls, abort, task: tokio::spawn(lane.run()) }
+        let taken = Arc::<AtomicU64>::default();
+        let ours = taken.clone();
+        let lane =
+            Lane { sink, deadlines, trace, events, inbox, aborted, taken: ours, ring: None, layout: None };
+        Self { calls, abort, taken, task: tokio::spawn(lane.run()) }
     }
 
     /// Appends a call. A lane that has ended ignores it: it has already reported why.
     pub(super) fn call(&self, call: Call) {
         let _ = self.calls.send(call);
+    }
+
+    /// How many tensors the worker has taken.
+    pub(super) fn taken(&self) -> u64 {
+        self.taken.load(Ordering::Acquire)
     }
 
     /// Interrupts whatever is in flight and makes the worker raise `cause`.
@@ -90,6 +103,7 @@ struct Lane {
     events: mpsc::UnboundedSender<Event>,
     inbox: mpsc::UnboundedReceiver<Call>,
     aborted: watch::Receiver<Option<Error>>,
+    taken: Arc<AtomicU64>,
     ring: Option<Arc<dyn Ring>>,
     layout: Option<(Arc<UpdatePlan>, Arc<Manifest>)>,
 }
@@ -152,6 +166,7 @@ impl Lane {
                 })?;
                 let message = plan::bucket_message(plan, bucket, manifest)?;
                 self.sink.deliver(&message, after(self.deadlines.bucket)).await?;
+                self.taken.fetch_add(message.tensors.len() as u64, Ordering::AcqRel);
                 (Stage::Reload, Some(bucket), Event::Acked { bucket })
             }
             Call::Release => {

@@ -5,6 +5,7 @@
 
 mod failures;
 mod moves;
+mod recovery;
 mod support;
 mod watch;
 mod worker;

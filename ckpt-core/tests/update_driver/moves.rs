@@ -166,7 +166,7 @@ async fn a_large_tensor(kind: Kind, adversary: Option<u64>, world_size: u32) {
     );
     cluster.register("model", &source).await;
     for version in 1..=2 {
-        let buckets = u64::from(cluster.update_well("model", version, &source).await[0].buckets);
+        let buckets = cluster.update_well("model", version, &source).await[0].buckets;
         for rank in &cluster.ranks {
             let groups = if world_size > 1 { version * (buckets + 1) } else { 0 };
             assert_eq!(*rank.watch.enqueued.borrow(), groups, "one group more than buckets");

@@ -5,11 +5,11 @@ use std::{collections::BTreeMap, net::Ipv4Addr, ops::Range, sync::Arc, time::Dur
 use ckpt_core::{
     DType, Result, Version,
     checkpoint::{CheckpointSource, LoadOptions, NamedTensor, Pool, load},
-    control::{Hub, HubAddress, HubOptions, Session, SessionConfig, Token},
+    control::{Hub, HubAddress, HubOptions, HubStatus, Session, SessionConfig, Token},
     deadlines::Deadlines,
     device::{DeviceConfig, host::HostDevice},
     plan::PlanLimits,
-    server::{ParameterServer, ServerConfig, UpdateReport, UpdateRequest},
+    server::{ParameterServer, Policy, ServerConfig, UpdateReport, UpdateRequest},
     sink::WeightSink,
     transport::{TransportConfig, TransportProvider, local::LocalProvider, tcp::TcpProvider},
     types::TensorMeta,
@@ -40,6 +40,7 @@ pub struct Setup {
     pub adversary: Option<u64>,
     pub limits: PlanLimits,
     pub deadlines: Deadlines,
+    pub policy: Policy,
 }
 
 impl Setup {
@@ -53,28 +54,29 @@ impl Setup {
             dead_after: Duration::from_secs(30),
             ..Deadlines::default()
         };
-        Self { world_size, kind, adversary, limits, deadlines }
+        Self { world_size, kind, adversary, limits, deadlines, policy: Policy::default() }
     }
 
     pub async fn start(self) -> Cluster {
         let folder = tempfile::tempdir().unwrap();
         let runtime_dir = folder.path().join("run");
         let token = Token::new("the job's secret").unwrap();
-        let options = HubOptions {
+        let mut options = HubOptions {
             address: HubAddress::new("127.0.0.1", 0),
             job: JOB.into(),
             token: token.clone(),
             world_size: self.world_size,
             deadlines: self.deadlines,
         };
-        let hub = Hub::bind(options).await.unwrap();
+        let hub = Hub::bind(options.clone()).await.unwrap();
+        options.address = hub.address().unwrap().into();
         let provider: Box<dyn TransportProvider> = match self.kind {
             Kind::Local => Box::new(LocalProvider::default()),
             Kind::Tcp => Box::new(TcpProvider),
         };
         let mut ranks = Vec::new();
         for rank in 0..self.world_size {
-            let address = hub.address().unwrap().into();
+            let address = options.address.clone();
             let config =
                 SessionConfig::new(address, JOB, token.clone(), rank, self.world_size, self.deadlines)
                     .unwrap();
@@ -97,32 +99,48 @@ impl Setup {
             let transport =
                 Arc::new(WatchedTransport { transport: transport.unwrap(), watch: watch.clone() });
             let server = ParameterServer::new(ServerConfig {
-                session,
+                session: session.clone(),
                 device,
                 transport,
                 deadlines: self.deadlines,
                 limits: self.limits.clone(),
             });
-            ranks.push(RankOf { server, watch });
+            ranks.push(RankOf { server: server.with_policy(self.policy), session, watch });
         }
-        Cluster { ranks, _hub: hub, _folder: folder }
+        Cluster { ranks, hub: Some(hub), options, _folder: folder }
     }
 }
 
 pub struct RankOf {
     pub server: ParameterServer,
+    pub session: Session,
     pub watch: Arc<Watched>,
 }
 
 pub struct Cluster {
     pub ranks: Vec<RankOf>,
-    _hub: Hub,
+    hub: Option<Hub>,
+    options: HubOptions,
     _folder: tempfile::TempDir,
 }
 
 impl Cluster {
     pub fn world_size(&self) -> u32 {
         self.ranks.len() as u32
+    }
+
+    /// The hub dies without a word, and another takes its place.
+    pub async fn restart_hub(&mut self) {
+        drop(self.hub.take());
+        for rank in &self.ranks {
+            rank.session.until_lost().await;
+        }
+        self.hub = Some(Hub::bind(self.options.clone()).await.unwrap());
+    }
+
+    /// What the hub knows.
+    pub async fn status(&self) -> HubStatus {
+        self.hub.as_ref().unwrap().status().await.unwrap()
     }
 
     /// Splits `source` over all ranks and tells each what the others hold.

@@ -125,9 +125,13 @@ impl Acl {
         if code == 0 {
             return Ok(());
         }
+        Err(AclError { function, code, detail: self.recent_message() }.during(operation))
+    }
+
+    /// What the libraries last said on this thread; they say it once.
+    pub(crate) fn recent_message(&self) -> Option<String> {
         // SAFETY: returns a string that lives until this thread's next call, or null.
-        let detail = unsafe { error::text((self.functions.recent_error)()) };
-        Err(AclError { function, code, detail }.during(operation))
+        unsafe { error::text((self.functions.recent_error)()) }
     }
 
     fn opened(&self) -> MutexGuard<'_, HashMap<String, Weak<Npu>>> {

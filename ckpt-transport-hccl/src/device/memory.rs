@@ -104,6 +104,8 @@ impl Drop for DeviceMemory {
 /// An `aclrtMallocHost` block: the only host memory that the device copies from and to without a detour.
 pub(crate) struct HostMemory {
     npu: Arc<Npu>,
+    /// What the library gave.
+    base: u64,
     address: u64,
     len_bytes: u64,
 }
@@ -115,18 +117,21 @@ impl fmt::Debug for HostMemory {
 }
 
 impl HostMemory {
-    /// `len_bytes` that hold nothing in particular; 0 is fine.
+    /// `len_bytes` that hold nothing in particular; 0 is fine. Large blocks begin at a huge page, as peers that read them
+    /// over HCCS need it.
     pub(crate) fn allocate(npu: &Arc<Npu>, len_bytes: u64) -> Result<Self> {
-        let mut address = 0;
+        let align = if len_bytes >= GRANULE { GRANULE } else { 1 };
+        let room = len_bytes.saturating_add(align).min(isize::MAX as u64);
+        let mut base = 0;
         npu.run("allocate pinned host memory", "aclrtMallocHost", |f| {
             // SAFETY: writes one host pointer.
-            unsafe { (f.host_alloc)(&mut address, len_bytes.max(1) as usize) }
+            unsafe { (f.host_alloc)(&mut base, room as usize) }
         })
         .map_err(|error| {
             let message = format!("the driver refused {len_bytes} bytes; is so much host memory free?");
             Error::new(error.kind(), "allocate pinned host memory", message).caused_by(error)
         })?;
-        Ok(Self { npu: npu.clone(), address, len_bytes })
+        Ok(Self { npu: npu.clone(), base, address: base.next_multiple_of(align), len_bytes })
     }
 }
 
@@ -149,7 +154,7 @@ impl Drop for HostMemory {
     fn drop(&mut self) {
         let freed = self.npu.run("free pinned host memory", "aclrtFreeHost", |f| {
             // SAFETY: allocated by `allocate`, freed once. Copies that used it are over: they held a slice until then.
-            unsafe { (f.host_free)(self.address) }
+            unsafe { (f.host_free)(self.base) }
         });
         if let Err(error) = freed {
             tracing::debug!(%error, "pinned host memory was not freed");

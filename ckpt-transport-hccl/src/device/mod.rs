@@ -183,6 +183,12 @@ impl DeviceBackend for AscendDevice {
         }
     }
 
+    fn with_current(&self, call: &mut dyn FnMut()) -> Result<()> {
+        let _bound = self.on_this_device(self.npu.bind())?;
+        call();
+        Ok(())
+    }
+
     /// Nothing: no transport here reads into an NPU's memory behind the device's back.
     fn flush_remote_writes(&self) -> Result<()> {
         Ok(())

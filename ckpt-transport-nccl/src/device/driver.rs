@@ -12,7 +12,6 @@ use ckpt_core::{
     transport::library::{LibrarySearch, Opened},
 };
 
-use super::loans::Loans;
 use crate::{
     error,
     table::{Handle, function_table, load},
@@ -103,7 +102,6 @@ function_table! {
 pub struct Driver {
     pub(crate) functions: Functions,
     version: i32,
-    pub(crate) loans: Loans,
 }
 
 impl fmt::Debug for Driver {
@@ -137,7 +135,7 @@ impl Driver {
 
     /// Calls `cuInit` through `functions`.
     pub(crate) fn start(functions: Functions) -> Result<Arc<Self>> {
-        let mut driver = Self { functions, version: 0, loans: Loans::default() };
+        let mut driver = Self { functions, version: 0 };
         // SAFETY: `cuInit` takes no pointers and may be called more than once.
         driver.check("start the CUDA driver", unsafe { (driver.functions.init)(0) })?;
         let mut version = 0;

@@ -11,7 +11,10 @@ use ckpt_core::{
     device::{Buffer, MemoryKind},
 };
 
-use super::driver::{Context, Functions, IpcHandle};
+use super::{
+    driver::{Context, Functions, IpcHandle},
+    loans,
+};
 use crate::error::{CUDA_INVALID_VALUE, CUDA_NOT_SUPPORTED};
 
 /// Allocations are rounded up to this: smaller ones share a block, and a block is what is exported.
@@ -80,7 +83,7 @@ impl DeviceMemory {
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
         // Other processes may have it mapped: then it is freed once they have let go.
-        self.block.context.driver.loans.give_back(&self.block);
+        loans::give_back(&self.block);
     }
 }
 

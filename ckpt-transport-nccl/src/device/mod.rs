@@ -7,7 +7,7 @@
 mod batch;
 mod driver;
 mod event;
-mod loans;
+pub(crate) mod loans;
 pub(crate) mod memory;
 mod pieces;
 mod ring;
@@ -234,6 +234,12 @@ impl DeviceBackend for CudaDevice {
             MemoryKind::HostPinned => Ok(memory),
             _ => Ok(Arc::new(self.on_this_device(memory::PinnedMemory::register(&self.context, memory))?)),
         }
+    }
+
+    fn with_current(&self, call: &mut dyn FnMut()) -> Result<()> {
+        let _bound = self.on_this_device(self.context.bind())?;
+        call();
+        Ok(())
     }
 
     fn flush_remote_writes(&self) -> Result<()> {

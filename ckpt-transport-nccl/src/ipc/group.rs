@@ -460,6 +460,9 @@ impl Task {
         let (gone, kept) =
             std::mem::take(&mut self.mappings).into_iter().partition(|((of, _), _)| *of == peer);
         self.mappings = kept;
+        // It has unmapped everything before it closed its end, or it is dead.
+        let free = self.lender.forgotten(peer, None);
+        self.free(free);
         let gone: HashMap<(u32, u64), Mapping> = gone;
         let talk = self.talk.clone();
         self.tasks.spawn_blocking(move || {

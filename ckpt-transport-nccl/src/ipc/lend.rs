@@ -14,7 +14,7 @@ use twox_hash::XxHash3_64;
 
 use super::message::{Lent, Place, ProcessId};
 use crate::device::{
-    Context,
+    Context, loans,
     memory::{self, Block, IpcMapping},
 };
 
@@ -60,7 +60,7 @@ impl Lender {
             std::collections::hash_map::Entry::Vacant(entry) => {
                 self.next += 1;
                 let handle = memory::export(&self.context, base)?.to_vec();
-                self.context.driver.loans.lend(base, self.to_us.clone());
+                loans::lend(base, self.to_us.clone());
                 let (host, process) = (host(), self.process);
                 let lent = Lent { block: self.next, host, process, address: base, len_bytes, handle };
                 entry.insert(LentBlock { lent, told: BTreeSet::new() })
@@ -155,6 +155,8 @@ pub(super) fn map(context: &Arc<Context>, process: &ProcessId, lent: &Lent) -> R
 pub(super) fn inside(mapping: &Arc<dyn Buffer>, place: &Place) -> Result<BufferSlice> {
     let range = place.offset.checked_add(place.len_bytes).map(|end| place.offset..end);
     range.and_then(|range| BufferSlice::new(mapping.clone(), range).ok()).ok_or_else(|| {
-        Error::new(ErrorKind::Corrupt, "broadcast", "a member offered a place outside of its memory")
+        let (start, len, block) = (place.offset, place.len_bytes, mapping.len_bytes());
+        let message = format!("a member offered {len} bytes from {start} in a block of {block}");
+        Error::new(ErrorKind::Corrupt, "broadcast", message)
     })
 }

@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use ckpt_core::{device::runtime_dir, sink::release_in_background};
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde::Serialize;
@@ -15,13 +16,15 @@ use tokio::{
     process::Child,
     signal::unix::{SignalKind, signal},
     sync::mpsc,
-    task::JoinSet,
+    task::{JoinHandle, JoinSet},
 };
 
 use super::{LaunchPlan, child, output};
 
 /// For output that is still in a pipe when the last rank has ended.
 const OUTPUT_WAIT: Duration = Duration::from_secs(1);
+/// For workers of dead ranks to hear of it. One that is there connects again within a moment.
+const FREEING_WAIT: Duration = Duration::from_secs(2);
 
 /// The first rank that did not end well.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -73,23 +76,26 @@ pub(super) async fn run(
     let mut output = JoinSet::new();
     let mut running = Running::default();
     let mut waits = FuturesUnordered::new();
-    for local_rank in 0..plan.local_world_size {
-        let rank = plan.rank(local_rank);
-        match child::spawn(plan, local_rank, tagged) {
-            Ok(mut child) => {
-                forward_output(&mut output, rank, &mut child);
-                running.add(rank, &child);
-                waits.push(async move { (rank, child.wait().await) });
-            }
-            Err(error) => {
-                running.send_all(Signal::KILL);
-                return Err(error.into());
-            }
-        }
-    }
+    let mut restarts_left = plan.max_restarts;
+    let mut to_start: Vec<u32> = (0..plan.local_world_size).collect();
     let mut first_failure = None;
+    let mut freeing: Vec<JoinHandle<()>> = Vec::new();
     let mut kill_at: Option<Instant> = None;
     loop {
+        for local_rank in to_start.drain(..) {
+            let rank = plan.rank(local_rank);
+            match child::spawn(plan, local_rank, tagged) {
+                Ok(mut child) => {
+                    forward_output(&mut output, rank, &mut child);
+                    running.add(rank, &child);
+                    waits.push(async move { (rank, child.wait().await) });
+                }
+                Err(error) => {
+                    running.send_all(Signal::KILL);
+                    return Err(error.into());
+                }
+            }
+        }
         tokio::select! {
             ended = waits.next() => {
                 let Some((rank, status)) = ended else { break };
@@ -101,6 +107,14 @@ pub(super) async fn run(
                 };
                 // What it has started must not outlive it. The group's number cannot be in use by others yet.
                 pid.inspect(|pid| send(*pid, Signal::KILL));
+                // Its worker may wait for it, for ever.
+                freeing.extend(runtime_dir().ok().map(|folder| release_in_background(folder, None)));
+                if restarts_left > 0 && kill_at.is_none() {
+                    restarts_left -= 1;
+                    tracing::warn!(rank, pid = failure.pid, restarts_left, "this rank failed ({status}); starting it anew");
+                    to_start.push(rank - plan.rank(0));
+                    continue;
+                }
                 if first_failure.is_none() {
                     tracing::error!(rank, pid = failure.pid, "this rank failed ({status}); ending all ranks");
                     first_failure = Some(failure);
@@ -126,6 +140,9 @@ pub(super) async fn run(
                 kill_at = Some(Instant::now() + plan.grace.max(Duration::from_secs(1)));
             }
         }
+    }
+    for task in freeing {
+        let _ = tokio::time::timeout(FREEING_WAIT, task).await;
     }
     // What a rank left running in the background may hold the pipe open.
     let drain = async { while output.join_next().await.is_some() {} };

@@ -5,12 +5,15 @@ use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Instant};
 
 use ckpt_core::{
     Error, ErrorKind, Result, Version,
-    checkpoint::RegisteredCheckpoint,
+    checkpoint::{DigestAlgorithm, RegisteredCheckpoint},
     deadlines::Deadlines,
     engine::{EngineConfig, HttpTemplate, create},
     metas::Metas,
     server::{ParameterServer, UpdateRequest},
-    sink::{CheckpointEngineSink, Layout, NativeSink, NativeSinkConfig, WeightSink, WireVersion},
+    sink::{
+        CheckpointEngineSink, Layout, NativeSink, NativeSinkConfig, WeightSink, WireVersion,
+        release_in_background,
+    },
     update::EngineCall,
 };
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
@@ -19,7 +22,7 @@ use super::{
     body::UpdateBody,
     view::{CurrentMetas, Doing, Held, View},
 };
-use crate::command::update::WorkerProtocol;
+use crate::{command::update::WorkerProtocol, policy::after_failure};
 
 /// What checkpoint-engine posts to the URL of an update, for URLs whose engine is not known.
 const COLLECTIVE_RPC: &str =
@@ -40,6 +43,8 @@ pub(super) enum Order {
     LoadMetas {
         metas: Box<Metas>,
     },
+    /// The job was joined again: rank 0 is another process.
+    Rejoined,
     Update {
         name: String,
         body: UpdateBody,
@@ -58,6 +63,8 @@ pub(super) struct Actor {
     pub(super) world_size: u32,
     pub(super) runtime_dir: PathBuf,
     pub(super) protocol: WorkerProtocol,
+    /// Native workers are told the digests.
+    pub(super) check_workers: bool,
     pub(super) deadlines: Deadlines,
     pub(super) view: Arc<View>,
     /// What native workers are told, by the metas that it was made from.
@@ -111,6 +118,13 @@ impl Actor {
                 self.new_metas(None);
                 Ok(())
             }
+            Order::Rejoined => {
+                self.server.rejoined();
+                let mut state = self.view.lock();
+                // What was gathered names a process that is gone.
+                state.metas.take_if(|metas| metas.checkpoint.is_some());
+                Ok(())
+            }
             Order::Update { name, body, turn } => {
                 let result = self.update(name, body).await;
                 drop(turn);
@@ -125,9 +139,11 @@ impl Actor {
             Some(name) => self.server.metas_of(name),
             None => self.server.metas(),
         };
+        // Equal on all ranks, also where one of them is a restarted process.
+        let agreed = self.server.version_of(checkpoint.as_deref().unwrap_or_default());
         let mut state = self.view.lock();
-        let version = Version(state.metas_seen + 1);
-        state.metas_seen = version.0;
+        let version = agreed.unwrap_or(Version(state.metas_seen + 1));
+        state.metas_seen = version.0.max(state.metas_seen);
         state.metas = metas.map(|metas| CurrentMetas { metas: metas.clone(), checkpoint, version });
     }
 
@@ -137,7 +153,7 @@ impl Actor {
         let version = body.weight_version.map(Version).or(gathered).unwrap_or(Version(1));
         let members = if body.ranks.is_empty() { (0..self.world_size).collect() } else { body.ranks.clone() };
         let engine = engine(&body, &members, self.rank)?;
-        let sink = self.sink(&name, &metas)?;
+        let sink = self.sink(&name, &metas, self.check_workers)?;
         self.view.lock().doing = Doing::Updating {
             checkpoint: name.clone(),
             version,
@@ -150,9 +166,17 @@ impl Actor {
             ready: self.deadlines.ready.min(body.timeout),
             ..self.deadlines
         });
-        let request =
-            UpdateRequest { checkpoint: name, version, ranks: body.ranks, sink: Some(sink), engine };
-        let result = self.server.update(request).await;
+        let ranks = body.ranks.clone();
+        let request = UpdateRequest { checkpoint: name.clone(), version, ranks, sink: Some(sink), engine };
+        let result = match self.server.update(request).await {
+            Err(failure) => Err(self.recover(failure, &name, &metas, &body).await),
+            report => report,
+        };
+        {
+            let (weights, kept) = (self.server.weights().clone(), self.server.kept_version());
+            let mut state = self.view.lock();
+            (state.weights, state.kept) = (weights, kept);
+        }
         self.view.updated(&result);
         let report = result?;
         tracing::info!(
@@ -164,8 +188,22 @@ impl Actor {
         Ok(())
     }
 
+    /// What `--on-failure` asks for, and for workers of neighbours that died. The failure, and what came of that.
+    async fn recover(&mut self, failure: Error, name: &str, metas: &Arc<Metas>, body: &UpdateBody) -> Error {
+        if failure.kind() == ErrorKind::PeerLost {
+            // A parameter server of this host may have died, and left its worker waiting for it.
+            release_in_background(self.runtime_dir.clone(), None);
+        }
+        let members = if body.ranks.is_empty() { (0..self.world_size).collect() } else { body.ranks.clone() };
+        let own = if body.group.is_empty() { vec![self.rank] } else { body.group.clone() };
+        // The last version is of the same model, so the layout is the same; its bytes have other digests.
+        let link = self.sink(name, metas, false);
+        let link = link.and_then(|sink| Ok((Some(sink), engine(body, &members, self.rank)?)));
+        after_failure(&mut self.server, failure, body.ranks.clone(), &own, |_| link).await
+    }
+
     /// The link to this rank's worker.
-    fn sink(&mut self, name: &str, metas: &Arc<Metas>) -> Result<Box<dyn WeightSink>> {
+    fn sink(&mut self, name: &str, metas: &Arc<Metas>, check: bool) -> Result<Box<dyn WeightSink>> {
         let uuid = self.server.device().info().uuid.clone();
         let folder = &self.runtime_dir;
         Ok(match self.protocol {
@@ -178,7 +216,9 @@ impl Actor {
                         layout
                     }
                 };
-                let config = NativeSinkConfig { layout: Some(layout), ..NativeSinkConfig::default() };
+                let digests = check.then(|| Arc::new(metas.digests(DigestAlgorithm::Xxh3_64)));
+                let config =
+                    NativeSinkConfig { layout: Some(layout), digests, ..NativeSinkConfig::default() };
                 Box::new(NativeSink::bind(folder, &uuid, config)?)
             }
             WorkerProtocol::Ce04 => Box::new(CheckpointEngineSink::bind(folder, &uuid, WireVersion::Ce04)?),

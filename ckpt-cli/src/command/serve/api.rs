@@ -13,8 +13,8 @@ use axum::{
 };
 use ckpt_core::{
     Error, ErrorKind, Result,
-    checkpoint::{CheckpointSource, LoadOptions, Pool, RegisteredCheckpoint, load},
-    control::{Job, Token},
+    checkpoint::{CheckpointSource, DigestAlgorithm, LoadOptions, Pool, RegisteredCheckpoint, load},
+    control::{Job, Session, Token, Weights},
     metas::Metas,
 };
 use serde_json::{Value, json};
@@ -47,6 +47,10 @@ pub(super) struct App {
     pub(super) loading: tokio::sync::Mutex<()>,
     /// Reused by one checkpoint after the other; one that is registered beside another gets a pool of its own.
     pub(super) pool: Arc<Pool>,
+    /// In turn with it while the last version is kept.
+    pub(super) other_pool: Arc<Pool>,
+    /// What registrations make.
+    pub(super) digests: Option<DigestAlgorithm>,
     pub(super) device: Arc<dyn ckpt_core::device::DeviceBackend>,
     /// Constant parts of the status.
     pub(super) about: Value,
@@ -107,6 +111,13 @@ impl App {
         result.await.unwrap_or_else(|_| Err(ended()))
     }
 
+    /// The session is another one now.
+    pub(super) async fn rejoined(&self) {
+        if let Err(error) = self.order(Order::Rejoined).await {
+            tracing::debug!(%error, "the server ends");
+        }
+    }
+
     /// Loads and registers.
     async fn register(&self, name: String, files: Vec<String>) -> Result<()> {
         let taken = format!("`{name}` is registered already; DELETE /v1/checkpoints/{name} first");
@@ -122,8 +133,12 @@ impl App {
         }
         let mut reserved = Reserved { view: &self.view, name: &name, kept: false };
         let files = files.iter().map(|file| self.allowed.check(file.as_ref())).collect::<Result<Vec<_>>>()?;
-        let (pool, device, loaded_as) = (self.pool.clone(), self.device.clone(), name.clone());
-        let loaded = tokio::task::spawn_blocking(move || load_files(&files, loaded_as, &pool, device)).await;
+        let pools = [&self.pool, &self.other_pool];
+        // One that is registered beside two others gets a pool of its own.
+        let pool = pools.into_iter().find(|pool| pool.user().is_none()).cloned();
+        let pool = pool.unwrap_or_else(|| Pool::new(self.device.clone()));
+        let options = LoadOptions { digests: self.digests, ..LoadOptions::new(name.clone()) };
+        let loaded = tokio::task::spawn_blocking(move || load_files(&files, &pool, &options)).await;
         let checkpoint = loaded.map_err(|error| {
             Error::new(ErrorKind::Internal, "register a checkpoint", "the loading thread died")
                 .caused_by(error)
@@ -149,19 +164,10 @@ impl Drop for Reserved<'_> {
     }
 }
 
-fn load_files(
-    files: &[PathBuf],
-    name: String,
-    shared: &Arc<Pool>,
-    device: Arc<dyn ckpt_core::device::DeviceBackend>,
-) -> Result<RegisteredCheckpoint> {
+fn load_files(files: &[PathBuf], pool: &Arc<Pool>, options: &LoadOptions) -> Result<RegisteredCheckpoint> {
     let source = CheckpointSource::open_files(files)?;
     let all = 0..source.tensors().len();
-    let options = LoadOptions::new(name);
-    match shared.user() {
-        Some(_) => load(&source, all, &Pool::new(device), &options),
-        None => load(&source, all, shared, &options),
-    }
+    load(&source, all, pool, options)
 }
 
 async fn register(
@@ -261,6 +267,8 @@ async fn status(State(app): State<Arc<App>>) -> Response {
             })),
             "updates": state.updates,
             "installed": state.installed,
+            "kept": state.kept,
+            "weights": known_weights(&state.weights, session),
             "last_update": state.last_update,
             "session": {
                 "lease_is_valid": session.lease_is_valid(),
@@ -289,6 +297,15 @@ async fn metrics(State(app): State<Arc<App>>) -> Response {
     };
     let text = metrics::text(&app.view.lock(), &gauges);
     ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response()
+}
+
+/// What the worker has: the actor's own record, and what the hub has told since.
+fn known_weights(own: &Weights, session: &Session) -> Weights {
+    let mut known = own.clone();
+    if let Some(told) = session.told_weights() {
+        known.learn(&told);
+    }
+    known
 }
 
 fn bug() -> Error {

@@ -9,6 +9,7 @@ use std::{
 use ckpt_core::{
     Result, Version,
     checkpoint::RegisteredCheckpoint,
+    control::Weights,
     metas::Metas,
     server::{Stages, UpdateReport},
 };
@@ -29,6 +30,10 @@ pub(super) struct State {
     pub(super) updates: u64,
     pub(super) totals: Totals,
     pub(super) installed: Option<Installed>,
+    /// The version that is kept for going back to it.
+    pub(super) kept: Option<Version>,
+    /// What the worker has.
+    pub(super) weights: Weights,
     pub(super) last_update: Option<LastUpdate>,
 }
 

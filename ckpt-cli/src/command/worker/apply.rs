@@ -42,12 +42,16 @@ pub(super) struct Faults {
     /// Only in the first update
     #[arg(long, hide = true)]
     fault_once: bool,
+    /// Only in the update with this number, from 0
+    #[arg(long, hide = true, value_name = "UPDATE", conflicts_with = "fault_once")]
+    fault_in: Option<u64>,
 }
 
 impl Faults {
     /// The faults of update number `update`, from 0.
     pub(super) fn in_update(self, update: u64) -> Self {
-        if self.fault_once && update > 0 { Self::default() } else { self }
+        let only = self.fault_in.or(self.fault_once.then_some(0));
+        if only.is_some_and(|only| only != update) { Self::default() } else { self }
     }
 }
 

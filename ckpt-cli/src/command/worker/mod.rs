@@ -43,8 +43,8 @@ Examples:
   ckpt worker --uds /run/user/1000/engine.sock --inference-parallel-size 2 --dump /tmp/held
   curl -s 127.0.0.1:19730/v1/state
 
-It answers GET /health, POST /collective_rpc (as vLLM does, for method update_weights_from_ipc),
-GET /v1/state and GET /v1/tensors. It speaks the native worker protocol: run
+It answers GET /health, POST /collective_rpc (as vLLM does, for method update_weights_from_ipc), POST /pause and /resume,
+GET /is_paused, GET /v1/state and GET /v1/tensors. It speaks the native worker protocol: run
 `ckpt update --worker-protocol native`. It runs until SIGTERM or SIGINT.")]
 pub(crate) struct WorkerArgs {
     /// Address of the HTTP server; port 0 takes a free one

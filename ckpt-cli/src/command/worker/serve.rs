@@ -2,11 +2,10 @@
 
 use std::{
     collections::BTreeMap,
-    hash::Hasher as _,
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -28,7 +27,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::{info, warn};
-use twox_hash::XxHash3_64;
 
 use super::{
     apply::{Applier, Faults},
@@ -49,6 +47,10 @@ pub(super) struct Engine {
     begun: AtomicU64,
     done: AtomicU64,
     failed: AtomicU64,
+    /// It was told not to generate.
+    paused: AtomicBool,
+    /// Updates that were begun while it was paused.
+    begun_paused: AtomicU64,
 }
 
 /// One device and its worker.
@@ -96,6 +98,8 @@ impl Engine {
             begun: AtomicU64::new(0),
             done: AtomicU64::new(0),
             failed: AtomicU64::new(0),
+            paused: AtomicBool::new(false),
+            begun_paused: AtomicU64::new(0),
         }
     }
 
@@ -119,6 +123,7 @@ impl Engine {
     /// One update of all devices, each from its own parameter server.
     async fn update(&self, endpoints: &BTreeMap<String, String>, deadline: Instant) -> Result<()> {
         let faults = self.faults.in_update(self.begun.fetch_add(1, Ordering::Relaxed));
+        self.begun_paused.fetch_add(self.paused.load(Ordering::Relaxed).into(), Ordering::Relaxed);
         let mut running = tokio::task::JoinSet::new();
         for device in &self.devices {
             let endpoint = endpoints.get(&device.uuid).cloned().ok_or_else(|| {
@@ -185,9 +190,27 @@ pub(super) fn router(engine: Arc<Engine>) -> Router {
     Router::new()
         .route("/health", get(async || StatusCode::OK))
         .route("/collective_rpc", post(collective_rpc))
+        .route("/pause", post(pause))
+        .route("/resume", post(resume))
+        .route("/is_paused", get(is_paused))
         .route("/v1/state", get(state))
         .route("/v1/tensors", get(tensors))
         .with_state(engine)
+}
+
+/// As vLLM does. Nothing is generated here, so nothing has to stop.
+async fn pause(State(engine): State<Arc<Engine>>) -> Response {
+    engine.paused.store(true, Ordering::Relaxed);
+    Json(json!({ "status": "paused" })).into_response()
+}
+
+async fn resume(State(engine): State<Arc<Engine>>) -> Response {
+    engine.paused.store(false, Ordering::Relaxed);
+    Json(json!({ "status": "resumed" })).into_response()
+}
+
+async fn is_paused(State(engine): State<Arc<Engine>>) -> Response {
+    Json(json!({ "is_paused": engine.paused.load(Ordering::Relaxed) })).into_response()
 }
 
 #[derive(Deserialize)]
@@ -254,6 +277,10 @@ struct DeviceState {
     updates: u64,
     /// The last update ended in the middle.
     mixed: bool,
+    /// The engine was told not to generate.
+    paused: bool,
+    /// Updates that were begun while it was.
+    begun_paused: u64,
     /// xxh3-64 over all tensors by name: see [`digest_of_all`].
     digest: String,
 }
@@ -262,7 +289,7 @@ struct DeviceState {
 struct TensorState<'a> {
     #[serde(flatten)]
     meta: MetaState<'a>,
-    /// xxh3-64 of the bytes.
+    /// Of the bytes.
     digest: String,
 }
 
@@ -283,13 +310,15 @@ async fn state(State(engine): State<Arc<Engine>>) -> Response {
     on_blocking_thread(move || {
         let each = engine.devices.iter().map(|device| {
             let mut store = device.store();
-            let digests = digests(&mut store)?;
+            let digests = digests(&mut store, DigestAlgorithm::default())?;
             Ok(DeviceState {
                 uuid: device.uuid.clone(),
                 tensors: store.tensors().len(),
                 len_bytes: store.len_bytes(),
                 updates: store.updates(),
                 mixed: store.mixed(),
+                paused: engine.paused.load(Ordering::Relaxed),
+                begun_paused: engine.begun_paused.load(Ordering::Relaxed),
                 digest: digest_of_all(&digests),
             })
         });
@@ -301,6 +330,8 @@ async fn state(State(engine): State<Arc<Engine>>) -> Response {
 #[derive(Deserialize)]
 struct Which {
     uuid: Option<String>,
+    /// The digest; xxh3-64 without it.
+    algorithm: Option<String>,
 }
 
 async fn tensors(State(engine): State<Arc<Engine>>, Query(which): Query<Which>) -> Response {
@@ -311,7 +342,14 @@ async fn tensors(State(engine): State<Arc<Engine>>, Query(which): Query<Which>) 
             None => devices.next(),
         };
         let Some(device) = chosen else { return (StatusCode::NOT_FOUND, "no such device").into_response() };
-        let digests = digests(&mut device.store());
+        let algorithm = match which.algorithm.as_deref() {
+            None => DigestAlgorithm::default(),
+            Some(name) => match DigestAlgorithm::from_name(name) {
+                Some(algorithm) => algorithm,
+                None => return (StatusCode::BAD_REQUEST, "no such digest").into_response(),
+            },
+        };
+        let digests = digests(&mut device.store(), algorithm);
         answer(digests.map(|each| {
             let each = each.iter();
             each.map(|(meta, digest)| TensorState { meta: meta.into(), digest: digest.clone() })
@@ -336,16 +374,16 @@ async fn on_blocking_thread(work: impl FnOnce() -> Response + Send + 'static) ->
     })
 }
 
-/// xxh3-64 of each tensor, by name, read back from the device.
-fn digests(store: &mut Store) -> Result<Vec<(TensorMeta, String)>> {
+/// The digest of each tensor, by name, read back from the device.
+fn digests(store: &mut Store, algorithm: DigestAlgorithm) -> Result<Vec<(TensorMeta, String)>> {
     let metas: Vec<TensorMeta> = store.tensors().cloned().collect();
     let each = metas.into_iter().map(|meta| {
-        let mut hasher = XxHash3_64::with_seed(0);
+        let mut digest = algorithm.start();
         store.read(&meta.name, &mut |piece| {
-            hasher.write(piece);
+            digest.update(piece);
             Ok(())
         })?;
-        Ok((meta, format!("{:016x}", hasher.finish())))
+        Ok((meta, format!("{:016x}", digest.finish())))
     });
     each.collect()
 }

@@ -13,6 +13,9 @@ use crate::{
     update::{Rule, close_after},
 };
 
+/// What [`HubMachine::lose`] is told of a rank that said goodbye.
+pub(super) const LEFT: &str = "it left the job";
+
 impl HubMachine {
     pub(super) fn failed(&mut self, rank: Rank, epoch: Option<Epoch>, cause: Error, now: Duration) {
         let index = match epoch {
@@ -53,6 +56,9 @@ impl HubMachine {
     pub(super) fn abort(&mut self, index: usize, cause: Error) {
         let attempt = self.attempts.remove(index);
         let cause = cause.flattened();
+        if let Some(epoch) = attempt.epoch {
+            self.decided(epoch, false);
+        }
         for rank in attempt.joined.keys() {
             self.send(*rank, ToRank::Abort { epoch: attempt.epoch, cause: cause.clone() });
         }
@@ -63,7 +69,12 @@ impl HubMachine {
         let mut error = Error::new(
             ErrorKind::PeerLost,
             "update",
-            format!("rank {rank} is gone: {what}; restart it, register its checkpoint, and call again"),
+            match what {
+                LEFT => format!("rank {rank} is gone: {what}; gather metas again to go on without it"),
+                _ => format!(
+                    "rank {rank} is gone: {what}; restart it, register its checkpoint, and call again"
+                ),
+            },
         )
         .with(Key::Rank, rank)
         .with(Key::Host, session.host)
@@ -76,6 +87,9 @@ impl HubMachine {
         self.out.retain(|(to, _)| *to != rank);
         let mut index = 0;
         while index < self.attempts.len() {
+            if self.attempts[index].ranks.contains(&rank) {
+                self.mark_of_the_lost(rank, index, &error);
+            }
             let attempt = &mut self.attempts[index];
             if !attempt.ranks.contains(&rank) {
                 index += 1;
@@ -93,13 +107,15 @@ impl HubMachine {
                 }
             }
         }
-        self.fail_gathers(&error);
+        if what != LEFT {
+            self.fail_gathers(&error, now);
+        }
         self.clock = self.clock.max(now);
     }
 
     /// The first rank, if any, that was here and is gone.
     pub(super) fn a_lost_rank(&self) -> Option<Error> {
-        self.ranks.iter().find_map(|r| r.lost.clone())
+        self.ranks.iter().filter(|r| !r.left).find_map(|r| r.lost.clone())
     }
 
     /// When the hub's patience ends. Longer than the ranks' own limits, so that a rank with trouble names it itself.

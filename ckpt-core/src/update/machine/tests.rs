@@ -37,6 +37,13 @@ impl Rig {
         std::iter::from_fn(|| self.machine.poll_action(self.now)).map(word).collect()
     }
 
+    /// This rank's worker has mapped the ring, and then all have.
+    fn all_opened(&mut self) -> Vec<String> {
+        let mut actions = self.say(Event::SinkOpened);
+        actions.extend(self.say(Event::AllOpened { epoch: EPOCH }));
+        actions
+    }
+
     /// Time passes, with the hub answering.
     fn wait(&mut self, seconds: f64) -> Vec<String> {
         self.now += at(seconds);
@@ -58,7 +65,7 @@ impl Rig {
     fn until_loaded(has_worker: bool, starts_engine: bool) -> Self {
         let mut rig = Self::until_go(&[None, Some(0)], has_worker, starts_engine);
         rig.say(Event::Go { epoch: EPOCH });
-        rig.say(Event::SinkOpened);
+        rig.all_opened();
         for bucket in 0..2 {
             rig.say(Event::Exchanged { bucket });
             if has_worker {
@@ -98,7 +105,7 @@ fn word(action: Action) -> String {
 fn a_later_load_goes_ahead_where_its_place_is_free_and_exchanges_stay_in_order() {
     let mut rig = Rig::until_go(&[None, Some(0), Some(1), None], true, false);
     assert_eq!(rig.say(Event::Go { epoch: EPOCH }), ["open", "load 0", "exchange 0", "load 3"]);
-    rig.say(Event::SinkOpened);
+    rig.all_opened();
     assert_eq!(rig.say(Event::Exchanged { bucket: 0 }), ["publish 0"]);
     assert_eq!(rig.say(Event::Acked { bucket: 0 }), ["free 0", "load 1", "exchange 1"]);
     assert_eq!(rig.say(Event::Exchanged { bucket: 1 }), ["publish 1"]);
@@ -114,7 +121,12 @@ fn a_healthy_update_runs_ahead_and_waits_where_it_must() {
         "all that the ring has room for, before the worker is there"
     );
     assert!(rig.say(Event::Exchanged { bucket: 0 }).is_empty());
-    assert_eq!(rig.say(Event::SinkOpened), ["opened", "publish 0"]);
+    assert_eq!(
+        rig.say(Event::SinkOpened),
+        ["opened"],
+        "another rank's worker has no ring: nothing is touched"
+    );
+    assert_eq!(rig.say(Event::AllOpened { epoch: EPOCH }), ["publish 0"]);
     assert!(rig.say(Event::Exchanged { bucket: 1 }).is_empty(), "one question at a time");
     assert_eq!(rig.say(Event::Acked { bucket: 0 }), ["free 0", "publish 1", "load 2", "exchange 2"]);
     assert_eq!(rig.say(Event::Acked { bucket: 1 }), ["free 1"]);
@@ -164,7 +176,7 @@ fn a_hub_that_aborts_is_obeyed_without_a_report() {
 fn a_stopped_process_fences_itself_before_it_publishes() {
     let mut rig = Rig::until_go(&[None, None], true, false);
     rig.say(Event::Go { epoch: EPOCH });
-    rig.say(Event::SinkOpened);
+    rig.all_opened();
     rig.say(Event::Exchanged { bucket: 0 });
     rig.say(Event::Exchanged { bucket: 1 });
     // 30 s of SIGSTOP. The ack and an old heartbeat's answer lie in the sockets.
@@ -254,7 +266,7 @@ fn deadlines_name_stage_and_bucket() {
     // The worker does not ack.
     let mut rig = Rig::until_go(&[None], true, false);
     rig.say(Event::Go { epoch: EPOCH });
-    rig.say(Event::SinkOpened);
+    rig.all_opened();
     rig.say(Event::Exchanged { bucket: 0 });
     assert!((0..29).all(|_| rig.wait(1.0).is_empty()));
     rig.now += at(1.0);
@@ -272,9 +284,9 @@ fn deadlines_name_stage_and_bucket() {
     rig.say(Event::Go { epoch: EPOCH });
     rig.say(Event::SinkOpened);
     rig.say(Event::Exchanged { bucket: 0 });
-    rig.say(Event::Acked { bucket: 0 });
     assert!((0..100).all(|_| rig.wait(1.0).is_empty()), "some worker has not opened yet");
-    rig.say(Event::AllOpened { epoch: EPOCH });
+    assert_eq!(rig.say(Event::AllOpened { epoch: EPOCH }), ["publish 0"]);
+    rig.say(Event::Acked { bucket: 0 });
     assert!((0..59).all(|_| rig.wait(1.0).is_empty()));
     let actions = rig.wait(1.0);
     assert_eq!(actions, ["failed a bucket was not exchanged within 30 s", "abort"]);
@@ -311,7 +323,7 @@ fn limits_without_end_do_not_overflow() {
 fn a_worker_that_answers_twice_is_caught() {
     let mut rig = Rig::until_go(&[None, None], true, false);
     rig.say(Event::Go { epoch: EPOCH });
-    rig.say(Event::SinkOpened);
+    rig.all_opened();
     rig.say(Event::Exchanged { bucket: 0 });
     rig.say(Event::Acked { bucket: 0 });
     let actions = rig.say(Event::Acked { bucket: 0 });

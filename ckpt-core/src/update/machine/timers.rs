@@ -235,6 +235,7 @@ impl UpdateMachine {
             _ if self.sink == Sink::Opening => {
                 "the worker has not mapped the ring; check that the engine was told this rank's endpoint"
             }
+            _ if self.all_opened.is_none() => "the worker of another rank has not mapped its ring",
             _ if self.published > self.acked => "the worker has the next bucket",
             _ => "the next bucket is not here",
         }

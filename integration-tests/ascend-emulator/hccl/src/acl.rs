@@ -72,7 +72,7 @@ impl Acl {
         let mut held = std::ptr::null();
         // SAFETY: writes one pointer.
         let at = unsafe { (self.resolve)(device, address, bytes, &mut held) };
-        (at != 0).then_some(Range { at, held })
+        (at != 0).then(|| Range { at, held })
     }
 
     /// Appends `task` to a stream; its result is the stream's failure, or 0.

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use ckpt_core::{Error, ErrorKind, Key};
+use ckpt_core::{Error, ErrorKind, Key, cluster::ClusterEnv};
 use clap::{Args, Parser as _, ValueEnum};
 use tokio::process::{Child, Command};
 
@@ -19,7 +19,7 @@ pub(super) use self::rank::SEED;
 pub(crate) use self::rank::{RankArgs, run_rank};
 use self::report::Report;
 use super::{files::FileArgs, is_launched};
-use crate::{Context, command::shape::Shape};
+use crate::{Context, command::shape::Shape, policy::Verify};
 
 const OPERATION: &str = "run the benchmark";
 /// For the workers to end after their standard input was closed.
@@ -71,6 +71,10 @@ pub(crate) struct BenchUpdateArgs {
     /// Aim at buckets of this size
     #[arg(long, value_name = "MIB")]
     bucket_mib: Option<u64>,
+    /// Which bytes are compared with digests: nothing, pulls (digests are made when the weights are loaded), or also what
+    /// native workers are handed
+    #[arg(long, value_enum, default_value_t = Verify::None, value_name = "WHICH")]
+    verify: Verify,
     /// Write every stage of every bucket to FILE, for chrome://tracing or Perfetto
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -137,7 +141,7 @@ async fn measure_one(
     let rank = RankLine::try_parse_from(std::iter::once("rank".to_owned()).chain(line))
         .map_err(|error| Error::new(ErrorKind::Internal, OPERATION, error.to_string()))?
         .args;
-    let cluster = ckpt_core::cluster::ClusterEnv::detect(&|name| std::env::var(name).ok())?;
+    let cluster = ClusterEnv::from_process()?;
     let local = cluster.local_rank;
     let mut worker = match args.worker {
         WorkerKind::None => None,
@@ -293,6 +297,7 @@ fn rank_line(args: &BenchUpdateArgs, scratch: &Path) -> Vec<String> {
     tell("floor-iterations", args.floor_iterations.to_string());
     tell("device", args.device.clone());
     tell("transport", args.transport.clone());
+    tell("verify", args.verify.name().to_owned());
     tell("timeout", args.timeout.to_string());
     tell("uds", sockets);
     let optional = [

@@ -10,7 +10,7 @@ use std::{
 use bytes::Bytes;
 use ckpt_core::{
     Error, ErrorKind, Version,
-    checkpoint::{CheckpointSource, LoadOptions, Pool, RegisteredCheckpoint, load},
+    checkpoint::{CheckpointSource, DigestAlgorithm, LoadOptions, Pool, RegisteredCheckpoint, load},
     device::{BufferSlice, DeviceBackend},
     engine::{EngineConfig, create},
     server::{UpdateReport, UpdateRequest},
@@ -29,6 +29,7 @@ use crate::{
     command::{bench::files::FileArgs, shape::Shape},
     job::{JobArgs, Rank},
     machine::Machine,
+    policy::Verify,
 };
 
 /// Seed of the bytes: the same on every machine.
@@ -58,6 +59,9 @@ pub(crate) struct RankArgs {
     #[arg(long)]
     uds: String,
     /// See `ckpt bench update`
+    #[arg(long, value_enum)]
+    verify: Verify,
+    /// See `ckpt bench update`
     #[arg(long)]
     trace: Option<PathBuf>,
     #[command(flatten)]
@@ -85,12 +89,13 @@ async fn measure(args: &RankArgs, context: &Context, rank: &mut Rank) -> anyhow:
     let mut mine = RankReport::default();
     let device = rank.server.device().clone();
     let (number, world_size) = (rank.rank(), rank.world_size());
+    let digests = args.verify.digests();
     let load_share = |name: &'static str, tensors| {
         let device = device.clone();
         tokio::task::spawn_blocking(move || -> ckpt_core::Result<RegisteredCheckpoint> {
             let source = CheckpointSource::generated(tensors, SEED);
             let range = source.split(world_size)?.swap_remove(number as usize);
-            let options = LoadOptions { digests: None, ..LoadOptions::new(name) };
+            let options = LoadOptions { digests, ..LoadOptions::new(name) };
             load(&source, range, &Pool::new(device), &options)
         })
     };
@@ -198,7 +203,9 @@ async fn update(
     let sink: Option<Box<dyn WeightSink>> = match args.worker {
         WorkerKind::None => None,
         WorkerKind::Native => {
-            let config = NativeSinkConfig { layout: layout.cloned(), ..NativeSinkConfig::default() };
+            let metas = rank.server.metas_of(checkpoint).filter(|_| args.verify.checks_workers());
+            let digests = metas.map(|m| Arc::new(m.digests(DigestAlgorithm::Xxh3_64)));
+            let config = NativeSinkConfig { layout: layout.cloned(), digests, ..NativeSinkConfig::default() };
             Some(Box::new(NativeSink::bind(&rank.runtime_dir, uuid, config)?))
         }
         WorkerKind::Ce => {
