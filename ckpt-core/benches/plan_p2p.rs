@@ -14,7 +14,7 @@ use ckpt_core::{
     plan::{Method, PlanError, PlanInput, PlanLimits, plan},
     types::align_up,
 };
-use pulls::{Batch, Links, Network, pull_seconds, sent_bytes};
+use pulls::{Links, Network, Read, pull_seconds, sent_bytes};
 
 /// A ConnectX-7 port of 400 Gbit/s.
 const RATE: f64 = 46e9;
@@ -56,7 +56,7 @@ fn peer_seconds(manifest: &Manifest, receivers: &[Rank], links: &Links) -> f64 {
     loop {
         for (receiver, pulls) in &mut pulls {
             if let Some((owner, bytes)) = pulls.pop_front() {
-                network.start(Batch { owner, receiver: *receiver, left: bytes as f64, tag: 0 });
+                network.start(Read { owner, receiver: *receiver, left: bytes as f64, tag: 0 });
             }
         }
         if network.advance().is_empty() {

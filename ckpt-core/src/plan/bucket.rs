@@ -44,8 +44,10 @@ pub(super) struct Packing {
     pub ring_bytes: u64,
     /// Different owners in a bucket.
     pub window: u32,
-    /// Whether no owner may take more than ceil(window / owners) + 1 of any `window` turns while others have bytes.
-    pub interleave: bool,
+    /// A P2P update: receivers pull from all owners' memory at once. So no owner may take more than
+    /// ceil(window / owners) + 1 of any `window` turns while others have bytes, and a large tensor is like any other:
+    /// the receivers pull it together.
+    pub pulled: bool,
 }
 
 /// Distributes every item over buckets.
@@ -189,7 +191,7 @@ impl<'a> Schedule<'a> {
         let sender = &self.senders[sender];
         let next = sender.next_bytes(self.items);
         let (start, takes) = (part(sender.sent_bytes, sender.len_bytes), part(next, sender.len_bytes));
-        if next <= self.packing.bucket_bytes {
+        if next <= self.packing.bucket_bytes || self.packing.pulled {
             return start + takes;
         }
         // Its owner loads it while no more than this many other links are kept busy, after the last one was loaded.
@@ -221,12 +223,12 @@ impl<'a> Schedule<'a> {
     /// The interleaving law. Among all active senders at least one is allowed: if each had taken more than
     /// window / active of the last `window - 1` turns, there would be more than `window` turns.
     fn allowed(&self, sender: usize) -> bool {
-        !self.packing.interleave
+        !self.packing.pulled
             || self.recent_turns[sender] <= u64::from(self.packing.window).div_ceil(self.active.max(1))
     }
 
     fn remember(&mut self, sender: usize) {
-        if !self.packing.interleave {
+        if !self.packing.pulled {
             return;
         }
         self.recent.push_back(sender);

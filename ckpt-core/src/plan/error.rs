@@ -27,12 +27,6 @@ pub enum PlanError {
         /// The receiver.
         rank: Rank,
     },
-    /// A receiver was named twice.
-    #[error("receiver {rank} is named twice; name each receiver once")]
-    ReceiverTwice {
-        /// The receiver.
-        rank: Rank,
-    },
     /// A broadcast's source must be in the members' communicator.
     #[error(
         "rank {rank} holds this tensor and is no member of the broadcast; add the rank or use a P2P update"
@@ -163,9 +157,9 @@ impl From<PlanError> for Error {
     fn from(error: PlanError) -> Self {
         let seam = Error::new(error.kind(), "plan the update", error.to_string());
         match &error {
-            PlanError::MembersNotAscending { rank }
-            | PlanError::ReceiverNotMember { rank }
-            | PlanError::ReceiverTwice { rank } => seam.with(Key::Rank, rank),
+            PlanError::MembersNotAscending { rank } | PlanError::ReceiverNotMember { rank } => {
+                seam.with(Key::Rank, rank)
+            }
             PlanError::OwnerNotMember { rank, tensor }
             | PlanError::TensorSize { rank, tensor, .. }
             | PlanError::TensorOutsideArena { rank, tensor, .. }

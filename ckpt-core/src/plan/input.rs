@@ -31,7 +31,8 @@ pub enum Method {
     Broadcast,
     /// Receivers pull from the owners' memory and broadcast to the members.
     P2p {
-        /// Members that pull; see [`super::choose_receivers`].
+        /// Members that pull; see [`super::choose_receivers`]. One that is named twice pulls twice as much: it has two
+        /// links where others have one.
         receivers: Vec<Rank>,
     },
 }

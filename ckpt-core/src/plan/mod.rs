@@ -107,12 +107,12 @@ pub fn plan(input: &PlanInput<'_>) -> Result<UpdatePlan, PlanError> {
     let pulled = !receivers.is_empty();
     let inventory = inventory::Inventory::new(input.manifest, |rank| pulled || is_member(rank))?;
     let window = input.limits.window.unwrap_or(default_window);
-    let sizes = ring::sizes(&inventory, input.manifest, &input.limits, input.free_bytes, window)?;
+    let sizes = ring::sizes(&inventory, input.manifest, &input.limits, input.free_bytes, window, pulled)?;
     let mut packing = bucket::Packing {
         bucket_bytes: sizes.bucket_bytes,
         ring_bytes: sizes.ring_bytes,
         window: sizes.window,
-        interleave: pulled,
+        pulled,
     };
     let drafts = bucket::pack(&inventory, packing);
 
@@ -131,7 +131,7 @@ pub fn plan(input: &PlanInput<'_>) -> Result<UpdatePlan, PlanError> {
         })
         .collect();
     if pulled {
-        route::route(&mut buckets, receivers, input.manifest, sizes.bucket_bytes);
+        route::route(&mut buckets, receivers, input.manifest);
     }
     let mut plan = UpdatePlan {
         members: input.members.to_vec(),
@@ -157,13 +157,8 @@ fn validate(input: &PlanInput<'_>) -> Result<(), PlanError> {
         if receivers.is_empty() {
             return Err(PlanError::NoReceivers);
         }
-        let mut sorted = receivers.clone();
-        sorted.sort_unstable();
-        if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(PlanError::ReceiverTwice { rank: pair[0] });
-        }
-        if let Some(rank) = sorted.into_iter().find(|rank| input.members.binary_search(rank).is_err()) {
-            return Err(PlanError::ReceiverNotMember { rank });
+        if let Some(rank) = receivers.iter().find(|rank| input.members.binary_search(rank).is_err()) {
+            return Err(PlanError::ReceiverNotMember { rank: *rank });
         }
     }
     Ok(())

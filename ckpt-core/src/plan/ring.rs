@@ -15,6 +15,8 @@ use crate::{
 /// Buckets that should fit into the ring at once: one being copied to the device, one on the network, one being read
 /// by the worker, one to even out.
 const BUCKETS_IN_FLIGHT: u64 = 4;
+/// The same where bytes are pulled: the smaller a bucket is, the sooner an owner that is ahead gets ring bytes again.
+const PULLED_BUCKETS_IN_FLIGHT: u64 = 8;
 /// Buckets are made smaller than this only when memory is shorter than this.
 const MIN_BUCKET_BYTES: u64 = 1 << 20;
 /// Fewer owners send at once rather than this little each.
@@ -39,6 +41,7 @@ pub(super) fn sizes(
     limits: &PlanLimits,
     free_bytes: u64,
     window: u32,
+    pulled: bool,
 ) -> Result<Sizes, PlanError> {
     let usable = (u128::from(free_bytes) * u128::from(limits.mem_permille) / 1000) as u64;
     let usable = usable / TENSOR_ALIGNMENT * TENSOR_ALIGNMENT;
@@ -57,7 +60,8 @@ pub(super) fn sizes(
     let all: u64 = inventory.items.iter().map(|i| align_up(i.len_bytes)).sum();
     let wanted = largest.saturating_add(limits.ring_slack_bytes / TENSOR_ALIGNMENT * TENSOR_ALIGNMENT);
     let ring_bytes = wanted.min(usable).min(all.max(largest));
-    let share_of_ring = (ring_bytes / BUCKETS_IN_FLIGHT).max(MIN_BUCKET_BYTES.min(ring_bytes));
+    let in_flight = if pulled { PULLED_BUCKETS_IN_FLIGHT } else { BUCKETS_IN_FLIGHT };
+    let share_of_ring = (ring_bytes / in_flight).max(MIN_BUCKET_BYTES.min(ring_bytes));
     let bucket_bytes = limits.target_bucket_bytes.min(limits.max_bucket_bytes).min(share_of_ring);
     let bucket_bytes = (bucket_bytes / TENSOR_ALIGNMENT * TENSOR_ALIGNMENT).max(TENSOR_ALIGNMENT);
     let owners = u32::try_from(inventory.owners.len()).unwrap_or(u32::MAX);
@@ -139,9 +143,12 @@ impl Allocator {
 /// A tensor larger than a bucket takes long to load, and only its owner's link loads it. So its place at the ring's end
 /// is kept free for a while before its turn: from the owner's last bucket on, but no longer than the load takes. The
 /// owner loads it while the others' buckets go round in the rest. That is done for one large tensor at a time, and only
-/// where the rest holds a few buckets.
+/// where the rest holds a few buckets. Where bytes are pulled, all receivers' links load it.
 pub(super) fn limits(drafts: &[Draft], packing: Packing) -> Vec<u64> {
     let mut limits = vec![packing.ring_bytes; drafts.len()];
+    if packing.pulled {
+        return limits;
+    }
     for (number, draft) in drafts.iter().enumerate().filter(|(_, d)| d.len_bytes > packing.bucket_bytes) {
         let rest = packing.ring_bytes.saturating_sub(draft.len_bytes);
         if rest / packing.bucket_bytes < BUCKETS_IN_FLIGHT - 1 {

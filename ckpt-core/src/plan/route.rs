@@ -17,8 +17,8 @@ const PIECES_OF_FAIR_SHARE: u64 = 50;
 const MAX_PULL_BYTES: u64 = 256 << 20;
 /// No cut is made below this: the pull's latency would cost more than balance gains.
 const MIN_PULL_BYTES: u64 = 64 << 10;
-/// A pull reaches its full rate at this size; cuts below it are made only for balance.
-const EFFICIENT_PULL_BYTES: u64 = 8 << 20;
+/// Segments above it are cut so that all receivers pull a part; below, cuts are made only for balance.
+const EFFICIENT_PULL_BYTES: u64 = 4 << 20;
 /// Bounds the plan's size whatever a tensor's size is.
 const MAX_PIECES: u64 = 4096;
 
@@ -35,8 +35,9 @@ pub struct Location {
 
 /// The members that should pull in a P2P update, ascending.
 ///
-/// Ranks with the same HCAs on the same host share one link, so one of them is enough: the lowest. No more of these
-/// groups receive than there are groups of owners, since the others would only wait for the owners' links.
+/// Ranks with the same HCAs on the same host share their links, so one of them is enough: the lowest. No more of these
+/// groups receive than there are groups of owners, since the others would only wait for the owners' links. A rank with
+/// twice as many HCAs as another is named twice: it pulls twice as much.
 pub fn choose_receivers(members: &[Location], owners: &[Location]) -> Vec<Rank> {
     let mut lowest: BTreeMap<(&str, &str), Rank> = BTreeMap::new();
     for member in members {
@@ -45,30 +46,33 @@ pub fn choose_receivers(members: &[Location], owners: &[Location]) -> Vec<Rank> 
     }
     let owner_groups: BTreeSet<(&str, &str)> =
         owners.iter().map(|o| (o.hca.as_str(), o.host.as_str())).collect();
-    let mut receivers: Vec<Rank> = lowest.into_values().collect();
+    let mut receivers: Vec<(Rank, usize)> =
+        lowest.into_iter().map(|((hca, _), rank)| (rank, hca.split(',').count())).collect();
     receivers.sort_unstable();
-    receivers.dedup();
+    receivers.dedup_by_key(|(rank, _)| *rank);
     receivers.truncate(owner_groups.len().max(1));
-    receivers
+    let fewest = receivers.iter().map(|(_, links)| *links).min().unwrap_or(1);
+    receivers.into_iter().flat_map(|(rank, links)| std::iter::repeat_n(rank, links / fewest)).collect()
 }
 
 /// Gives every segment a receiver as its root, after cutting large ones at multiples of the alignment.
 ///
 /// The next segment goes to the receiver with the fewest bytes so far, so loads are even at every point of the plan and
 /// neighbouring segments are pulled by different receivers at the same time.
-pub(super) fn route(buckets: &mut [Bucket], receivers: &[Rank], manifest: &Manifest, bucket_bytes: u64) {
+pub(super) fn route(buckets: &mut [Bucket], receivers: &[Rank], manifest: &Manifest) {
     let total: u64 = buckets.iter().flat_map(|b| &b.segments).map(|s| s.len_bytes).sum();
     let count = receivers.len() as u64;
-    let mut loads: BinaryHeap<Reverse<(u64, Rank)>> =
-        receivers.iter().map(|rank| Reverse((0, *rank))).collect();
+    // By number and not by rank: a rank that is named twice has two places.
+    let mut loads: BinaryHeap<Reverse<(u64, usize)>> =
+        (0..receivers.len()).map(|number| Reverse((0, number))).collect();
     for bucket in buckets {
-        let pieces = |s: &Segment| pieces(s.len_bytes, total, count, bucket_bytes);
+        let pieces = |s: &Segment| pieces(s.len_bytes, total, count);
         if bucket.segments.iter().any(|s| pieces(s) > 1) {
             bucket.segments = bucket.segments.iter().flat_map(|s| cut(s, pieces(s), manifest)).collect();
         }
         for segment in &mut bucket.segments {
             if let Some(mut least) = loads.peek_mut() {
-                segment.root = least.0.1;
+                segment.root = receivers[least.0.1];
                 least.0.0 += segment.len_bytes;
             }
         }
@@ -76,12 +80,12 @@ pub(super) fn route(buckets: &mut [Bucket], receivers: &[Rank], manifest: &Manif
 }
 
 /// Into how many pieces a segment is cut.
-fn pieces(len_bytes: u64, total: u64, receivers: u64, bucket_bytes: u64) -> u64 {
+fn pieces(len_bytes: u64, total: u64, receivers: u64) -> u64 {
     if receivers < 2 {
         return 1;
     }
     let largest = (total / receivers / PIECES_OF_FAIR_SHARE).clamp(MIN_PULL_BYTES, MAX_PULL_BYTES);
-    let useful = (bucket_bytes / receivers).max(EFFICIENT_PULL_BYTES).max(len_bytes.div_ceil(receivers));
+    let useful = len_bytes.div_ceil(receivers).max(EFFICIENT_PULL_BYTES);
     len_bytes.div_ceil(useful.min(largest)).clamp(1, MAX_PIECES)
 }
 
@@ -142,13 +146,22 @@ mod tests {
     }
 
     #[test]
+    fn who_has_more_links_is_named_more_often() {
+        let members = [at(1, "mlx5_0", "a"), at(2, "mlx5_1,mlx5_2,mlx5_3", "a"), at(3, "mlx5_0,mlx5_1", "b")];
+        assert_eq!(choose_receivers(&members, &members), [1, 2, 2, 2, 3, 3]);
+        assert_eq!(choose_receivers(&members[1..], &members), [2, 3], "a half of a link is none");
+        assert_eq!(choose_receivers(&members[2..], &members), [3]);
+    }
+
+    #[test]
     fn pieces_are_bounded() {
         const GIB: u64 = 1 << 30;
-        assert_eq!(pieces(0, GIB, 4, GIB), 1);
-        assert_eq!(pieces(GIB, 2 * GIB, 1, GIB), 1, "nobody to share with");
-        assert_eq!(pieces(2 * GIB, 1024 * GIB, 16, 128 << 20), 16);
+        assert_eq!(pieces(0, GIB, 4), 1);
+        assert_eq!(pieces(GIB, 2 * GIB, 1), 1, "nobody to share with");
+        assert_eq!(pieces(2 * GIB, 1024 * GIB, 16), 16);
+        assert_eq!(pieces(10 << 20, 1024 * GIB, 16), 3);
         let largest = 64 * GIB / 4 / 50;
-        assert_eq!(pieces(GIB, 64 * GIB, 4, 128 << 20), GIB.div_ceil(largest.min(MAX_PULL_BYTES)));
-        assert_eq!(pieces(1 << 60, 1 << 60, 16, GIB), MAX_PIECES);
+        assert_eq!(pieces(GIB, 64 * GIB, 4), GIB.div_ceil(largest.min(MAX_PULL_BYTES)));
+        assert_eq!(pieces(1 << 60, 1 << 60, 16), MAX_PIECES);
     }
 }

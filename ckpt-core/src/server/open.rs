@@ -7,10 +7,11 @@ use std::{
 
 use super::{ParameterServer, ServerConfig};
 use crate::{
-    control::{Job, JobOptions, Token},
+    control::{Job, JobOptions, Token, host_name},
     device::DeviceConfig,
     error::{Error, ErrorKind, Key, Result},
     plan::PlanLimits,
+    topology::{Accelerators, devices_of_rank},
     transport::{AUTO, Registry, Requirement, Transport, TransportConfig},
 };
 
@@ -54,7 +55,13 @@ pub struct Opened {
     pub transport: &'static str,
 }
 
+/// Where another sysfs than `/sys` is, for tests.
+const SYSFS_VARIABLE: &str = "CKPT_SYSFS";
+
 /// Joins the job and opens what the options name. Needs a tokio runtime.
+///
+/// Where the rank is in the network follows from `PS_P2P_STORE_RDMA_DEVICES`, `NCCL_IB_HCA` and the PCI tree, as
+/// [`crate::topology::choose`] says.
 pub async fn open(options: OpenOptions, registry: &Registry) -> Result<Opened> {
     let OpenOptions { job, device, transport, reader, reading, bind, connections, limits } = options;
     let (cluster, deadlines, runtime_dir) = (job.cluster.clone(), job.deadlines, job.runtime_dir.clone());
@@ -85,9 +92,19 @@ pub async fn open(options: OpenOptions, registry: &Registry) -> Result<Opened> {
     let reader =
         open_reader(reader, reading, transport.clone(), config, !cluster.is_single_host(), registry)?;
     tracing::info!(rank = cluster.rank, transport = name, device = device.kind(), "joined the job");
+    let numbering = cluster.local_world_size.map(|ranks| Accelerators {
+        local_rank: cluster.local_rank,
+        visible: ranks,
+        local_world_size: Some(ranks),
+    });
+    let env = |name: &str| std::env::var(name).ok();
+    let sysfs = env(SYSFS_VARIABLE).unwrap_or_else(|| "/sys".to_owned());
+    let pci_address = device.info().pci_address.as_deref();
+    let hca = devices_of_rank(sysfs.as_ref(), pci_address, numbering, &env);
     let session = job.session.clone();
     let server = ParameterServer::new(ServerConfig { session, device, transport, deadlines, limits })
-        .with_reader(reader);
+        .with_reader(reader)
+        .with_location(host_name(), hca);
     Ok(Opened { job, server, transport: name })
 }
 

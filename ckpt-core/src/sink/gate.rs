@@ -3,7 +3,7 @@
 use std::{
     fmt,
     future::Future,
-    os::unix::fs::{MetadataExt, PermissionsExt},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
@@ -20,7 +20,10 @@ use tokio::{
 };
 use twox_hash::XxHash3_64;
 
-use crate::error::{Error, ErrorKind, Key, Result};
+use crate::{
+    device::host::check_private_dir,
+    error::{Error, ErrorKind, Key, Result},
+};
 
 /// A path in `sockaddr_un` holds this many bytes before its final zero.
 const MAX_SOCKET_PATH: usize = 107;
@@ -223,26 +226,4 @@ fn listen(path: &Path) -> Result<(UnixListener, SocketFile)> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
         .map_err(|e| fail(ErrorKind::Backend, "cannot make the socket private".to_owned()).caused_by(e))?;
     Ok((listener, file))
-}
-
-/// That `dir` is a folder of this user which nobody else can enter.
-pub(crate) fn check_private_dir(dir: &Path) -> Result<()> {
-    let fail = |message: String| {
-        Error::new(ErrorKind::ConfigInvalid, "check the runtime folder", message)
-            .with(Key::Path, dir.display())
-    };
-    let meta = std::fs::symlink_metadata(dir).map_err(|e| {
-        fail("cannot look at it; create it with mode 0700 or set CKPT_RUNTIME_DIR".to_owned()).caused_by(e)
-    })?;
-    let uid = rustix::process::geteuid().as_raw();
-    if !meta.is_dir() {
-        return Err(fail("it is not a folder".to_owned()));
-    }
-    if meta.uid() != uid {
-        return Err(fail(format!("it belongs to user {}, this process runs as {uid}", meta.uid())));
-    }
-    if meta.mode() & 0o077 != 0 {
-        return Err(fail(format!("others may enter it (mode {:o}); chmod 0700 it", meta.mode() & 0o777)));
-    }
-    Ok(())
 }

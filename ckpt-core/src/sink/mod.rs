@@ -16,7 +16,6 @@ use std::time::Instant;
 use async_trait::async_trait;
 
 pub use checkpoint_engine::{CheckpointEngineSink, WireVersion};
-pub(crate) use gate::check_private_dir;
 pub use layout::Layout;
 pub use native::{NativeSink, NativeSinkConfig};
 pub use protocol::WorkerProtocol;

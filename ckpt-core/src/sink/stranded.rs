@@ -13,7 +13,10 @@ use super::{
     gate::{self, Gate},
     native,
 };
-use crate::error::{Error, ErrorKind, Key, Result};
+use crate::{
+    device::host::check_private_dir,
+    error::{Error, ErrorKind, Key, Result},
+};
 
 /// How long a stranded worker is waited for in the background. ZeroMQ connects again after 0.1 s; a worker that does not
 /// come has gone itself.
@@ -30,7 +33,7 @@ pub async fn release_stranded_workers(
     uuid: Option<&str>,
     deadline: Instant,
 ) -> Result<u32> {
-    gate::check_private_dir(runtime_dir)?;
+    check_private_dir(runtime_dir)?;
     let entries = std::fs::read_dir(runtime_dir).map_err(|e| {
         Error::new(ErrorKind::Backend, "look for stranded workers", "cannot read the runtime folder")
             .with(Key::Path, runtime_dir.display())

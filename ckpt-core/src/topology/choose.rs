@@ -1,8 +1,10 @@
 //! The choice of a rank's ports, with the reasons for and against each.
 
+use std::path::Path;
+
 use super::{
     Accelerators, Distance, Hca, HcaFilter, HcaPort, LinkLayer, PciPath, choose_ports, classify,
-    parse_device_list, ports_of_rank,
+    parse_device_list, ports_of_rank, read_hcas,
 };
 use crate::error::Result;
 
@@ -66,6 +68,32 @@ pub fn choose(
         })
         .collect();
     Ok(Choice { ports, rule, refused })
+}
+
+/// The devices of one rank as metas and [`crate::plan::Location`] name them: `mlx5_0`, `mlx5_0,mlx5_1`, or nothing where
+/// there are none. Settings that take none of them are logged: only transports over RDMA must fail because of that.
+pub fn devices_of_rank(
+    sysfs: &Path,
+    pci_address: Option<&str>,
+    numbering: Option<Accelerators>,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> String {
+    let hcas = read_hcas(sysfs);
+    if hcas.is_empty() {
+        return String::new();
+    }
+    let accelerator = pci_address.and_then(|address| PciPath::of_address(sysfs, address));
+    match choose(&hcas, accelerator.as_ref(), numbering, env) {
+        Ok(choice) => {
+            let mut devices: Vec<&str> = choice.ports.iter().map(|port| port.device.as_str()).collect();
+            devices.dedup();
+            devices.join(",")
+        }
+        Err(error) => {
+            tracing::warn!(%error, "no RDMA device is taken for this rank's");
+            String::new()
+        }
+    }
 }
 
 /// Why a port is no candidate, or is not among those that the user's settings take.
@@ -134,6 +162,23 @@ mod tests {
         assert_eq!(choice.refused[1].1, "NCCL_IB_HCA==mlx5_10 leaves it out");
         // Without a place in the tree arithmetic decides.
         assert_eq!(devices(&choose(&hcas, None, numbering, &|_| None).unwrap()), ["mlx5_2"]);
+    }
+
+    #[test]
+    fn a_rank_is_where_its_devices_are() {
+        let (folder, _) = tree(include_str!("fixtures/two_sockets.txt"));
+        let numbering = |local_rank| Some(Accelerators { local_rank, visible: 2, local_world_size: None });
+        let of = |address, rank, env: &dyn Fn(&str) -> Option<String>| {
+            devices_of_rank(folder.path(), address, numbering(rank), env)
+        };
+        assert_eq!(of(Some("0000:9d:00.0"), 0, &|_| None), "mlx5_10");
+        assert_eq!((of(None, 0, &|_| None), of(None, 1, &|_| None)), ("mlx5_2".into(), "mlx5_10".into()));
+        let both = |name: &str| (name == "PS_P2P_STORE_RDMA_DEVICES").then(|| "mlx5_10,mlx5_2".to_owned());
+        assert_eq!(devices_of_rank(folder.path(), None, None, &both), "mlx5_10,mlx5_2");
+        let wrong = |name: &str| (name == "NCCL_IB_HCA").then(|| "=mlx5_7".to_owned());
+        assert_eq!(of(None, 0, &wrong), "");
+        let empty = tempfile::tempdir().unwrap();
+        assert_eq!(devices_of_rank(empty.path(), None, None, &|_| None), "");
     }
 
     #[test]

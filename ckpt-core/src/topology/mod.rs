@@ -7,7 +7,7 @@ mod record;
 mod select;
 mod sysfs;
 
-pub use choose::{Choice, choose, distance, refusal};
+pub use choose::{Choice, choose, devices_of_rank, distance, refusal};
 pub use nccl_ib_hca::{HcaFilter, HcaToken, ParseHcaFilterError};
 pub use record::{record, unpack};
 pub use select::{

@@ -39,9 +39,8 @@ struct InFlight {
     deadline: Instant,
 }
 
-/// Buckets that are pulled at once: one that keeps the links busy while the next begins. More would only make the
-/// first one later.
-const PULLS_AT_ONCE: usize = 2;
+/// A read shares its links with the others under way, so it takes as long as this many that have them alone.
+const SHARED_LINKS: u32 = 2;
 
 /// A tensor larger than a bucket is loaded and sent in pieces of a bucket's size, but no smaller than this: the group
 /// would otherwise wait for the whole load, and the next loads for the whole exchange.
@@ -145,8 +144,7 @@ impl DeviceLane {
                 plan: work.plan.clone(),
                 puller,
                 h2d: h2d.clone(),
-                // As many are under way, and share the links.
-                limit: work.bucket_deadline * PULLS_AT_ONCE as u32,
+                limit: work.bucket_deadline * SHARED_LINKS,
                 trace: trace.clone(),
                 inbox,
                 pulling: pulling.clone(),
@@ -277,7 +275,7 @@ impl DeviceLane {
     }
 }
 
-/// Starts pulls in plan order, a few at once.
+/// Begins buckets in plan order: each when all reads of the one before are under way.
 struct PullTask {
     plan: Arc<UpdatePlan>,
     puller: Arc<Puller>,
@@ -285,21 +283,20 @@ struct PullTask {
     limit: Duration,
     trace: Trace,
     pulling: TaskTracker,
-    inbox: mpsc::UnboundedReceiver<(u32, oneshot::Sender<Result<Option<DeviceEvent>>>)>,
+    inbox: mpsc::UnboundedReceiver<PullOrder>,
 }
 
 impl PullTask {
     async fn run(mut self, stop: CancellationToken) {
-        let places = Arc::new(Semaphore::new(PULLS_AT_ONCE));
+        let turns = Arc::new(Semaphore::new(1));
         while let Some((bucket, done)) = self.inbox.recv().await {
             // The semaphore is never closed.
-            let Ok(place) = places.clone().acquire_owned().await else { return };
+            let Ok(turn) = turns.clone().acquire_owned().await else { return };
             let (plan, puller, h2d) = (self.plan.clone(), self.puller.clone(), self.h2d.clone());
             let (trace, limit) = (self.trace.clone(), self.limit);
             self.pulling.spawn(stop.clone().run_until_cancelled_owned(async move {
                 let start = trace.now();
-                let outcome = puller.pull(&plan.buckets[bucket as usize], bucket, &*h2d, limit).await;
-                drop(place);
+                let outcome = puller.pull(&plan.buckets[bucket as usize], bucket, &*h2d, limit, turn).await;
                 trace.end(Stage::Pull, Some(bucket), start);
                 // Nobody waits after an abort.
                 let _ = done.send(outcome);

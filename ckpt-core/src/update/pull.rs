@@ -7,7 +7,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::future::try_join_all;
+use futures_util::future::{try_join, try_join_all};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::trace::{Stage, Trace};
 use crate::{
@@ -19,7 +20,7 @@ use crate::{
     metas::{Metas, RankMetas},
     plan::{Bucket, Location, Segment, UpdatePlan, choose_receivers},
     transport::{ReadOp, RemoteRegion, Transport},
-    types::Rank,
+    types::{Rank, align_up},
 };
 
 const OPERATION: &str = "pull weights";
@@ -27,6 +28,14 @@ const OPERATION: &str = "pull weights";
 const FORMAT: u8 = 1;
 /// A read ends by itself at its deadline and then says more than a wait that gives up.
 const GRACE: Duration = Duration::from_secs(1);
+/// Reads that a receiver has under way: enough to keep many owners' links busy at once. One that pulls more than others
+/// has more of them, since owners' links serve all reads alike.
+const READS_AT_ONCE: u64 = 32;
+/// All receivers' reads under way fill this part of the ring. With more, late buckets would hold up early ones; with
+/// less, owners that a bucket has little of would wait.
+const PART_UNDER_WAY: u64 = 2;
+/// No read is made smaller than this: its round trip would cost more than balance gains.
+const MIN_READ_BYTES: u64 = 256 << 10;
 
 /// What a P2P update needs besides plan and ring.
 #[derive(Clone, Debug)]
@@ -87,7 +96,16 @@ impl Pull {
         let direct = memory.memory() != MemoryKind::Device
             || self.reader.capability().devices.contains(&self.device.kind());
         let staging = if direct { None } else { Some(staging(&*self.device, memory.len_bytes())?) };
+        let mut loads: BTreeMap<Rank, u128> = BTreeMap::new();
+        for segment in plan.buckets.iter().flat_map(|b| &b.segments) {
+            *loads.entry(segment.root).or_default() += u128::from(segment.len_bytes);
+        }
+        let reads = READS_AT_ONCE * loads.len() as u64;
+        let (own, all) = (loads.get(&rank).copied().unwrap_or(0), loads.values().sum::<u128>().max(1));
+        let reads_at_once = ((own * u128::from(reads) + all / 2) / all).max(1) as usize;
         Ok(Some(Puller {
+            read_bytes: (plan.ring_bytes / PART_UNDER_WAY / reads).max(MIN_READ_BYTES),
+            places: Arc::new(Semaphore::new(reads_at_once)),
             rank,
             pull: self.clone(),
             regions: Mutex::new(regions),
@@ -227,7 +245,24 @@ pub(super) struct Puller {
     memory: Arc<dyn Buffer>,
     /// Where the bytes go first, if the transport cannot read into the device's memory.
     staging: Option<Arc<dyn Buffer>>,
+    /// No read is larger.
+    read_bytes: u64,
+    /// Those of the reads that may be under way.
+    places: Arc<Semaphore>,
     trace: Trace,
+}
+
+/// Parts of one owner's memory that are read at once, and the place among those under way that they wait for.
+struct Slice {
+    parts: Vec<Part>,
+    place: oneshot::Receiver<OwnedSemaphorePermit>,
+}
+
+/// Bytes of one segment.
+struct Part {
+    arena: u32,
+    offset: u64,
+    into: BufferSlice,
 }
 
 impl Puller {
@@ -239,6 +274,9 @@ impl Puller {
     /// Pulls this rank's segments of `bucket`. Returns when the bytes are here; with an event to wait for if `h2d` has
     /// still to take them into the ring. The ring's bytes must be free.
     ///
+    /// Owners take turns, so that whatever is under way has a part of each; `turn` is dropped when the last read has a
+    /// place among those under way, and the next bucket may begin.
+    ///
     /// An owner that cannot be read, or whose bytes are not those that it registered, is given up: what else holds the
     /// same tensors is read instead.
     pub(super) async fn pull(
@@ -247,6 +285,7 @@ impl Puller {
         number: u32,
         h2d: &dyn Stream,
         limit: Duration,
+        turn: OwnedSemaphorePermit,
     ) -> Result<Option<Event>> {
         let deadline = Instant::now() + limit;
         let into = self.staging.as_ref().unwrap_or(&self.memory);
@@ -261,9 +300,26 @@ impl Puller {
             owners.entry(segment.owner).or_default().push((segment, into));
         }
         tracing::debug!(rank = self.rank, owners = ?owners.keys(), "pulling a bucket");
-        // One batch an owner, so that a failure names it.
-        let each = owners.into_iter().map(|(owner, parts)| self.bring(owner, parts, number, deadline));
-        try_join_all(each).await?;
+        // By owner, so that a failure names it.
+        let mut each = Vec::with_capacity(owners.len());
+        let mut waiting = Vec::new();
+        for (owner, parts) in owners {
+            let slices = self.slices(owner, &parts, &mut waiting)?;
+            each.push(self.bring(owner, parts, slices, number, deadline));
+        }
+        waiting.sort_by_key(|(middle, owner, _)| (*middle, *owner));
+        let give_places = async {
+            for (_, _, slice) in waiting {
+                let place = self.places.clone().acquire_owned().await.map_err(|e| {
+                    Error::new(ErrorKind::Internal, OPERATION, "the places are gone").caused_by(e)
+                })?;
+                // An owner that was given up meanwhile reads no more of them.
+                let _ = slice.send(place);
+            }
+            drop(turn);
+            Ok::<(), Error>(())
+        };
+        try_join(give_places, try_join_all(each)).await?;
         if self.memory.memory() == MemoryKind::Device && self.staging.is_none() {
             self.pull.device.flush_remote_writes()?;
         }
@@ -274,23 +330,65 @@ impl Puller {
         h2d.record().map(Some)
     }
 
+    /// Cuts what comes from one owner into reads of about equal size. `waiting` gets who waits for a place, with where in
+    /// the bucket's bytes of this owner the read is.
+    fn slices(
+        &self,
+        owner: Rank,
+        parts: &[(&Segment, BufferSlice)],
+        waiting: &mut Vec<(u64, Rank, oneshot::Sender<OwnedSemaphorePermit>)>,
+    ) -> Result<Vec<Slice>> {
+        let all: u64 = parts.iter().map(|(segment, _)| segment.len_bytes).sum();
+        let count = all.div_ceil(self.read_bytes).max(1);
+        let each = align_up(all.div_ceil(count));
+        let mut slices: Vec<Slice> = Vec::new();
+        let mut left = 0;
+        for (segment, into) in parts {
+            let mut start = 0;
+            while start < segment.len_bytes {
+                if left == 0 {
+                    let (tell, place) = oneshot::channel();
+                    waiting.push((((2 * slices.len() as u64 + 1) << 32) / (2 * count), owner, tell));
+                    slices.push(Slice { parts: Vec::new(), place });
+                    left = each;
+                }
+                let len = left.min(segment.len_bytes - start);
+                let part = Part {
+                    arena: segment.arena,
+                    offset: segment.arena_offset + start,
+                    into: into.slice(start..start + len)?,
+                };
+                if let Some(slice) = slices.last_mut() {
+                    slice.parts.push(part);
+                }
+                start += len;
+                left -= len;
+            }
+        }
+        Ok(slices)
+    }
+
     /// The segments of one owner, from it or from somebody else.
     async fn bring(
         &self,
         owner: Rank,
         parts: Vec<(&Segment, BufferSlice)>,
+        slices: Vec<Slice>,
         bucket: u32,
         deadline: Instant,
     ) -> Result<()> {
         let known = lock(&self.given_up).get(&owner).cloned();
         let cause = match known {
-            Some(cause) => cause,
+            Some(cause) => {
+                drop(slices);
+                cause
+            }
             None => {
                 let replaceable = parts.iter().all(|(segment, _)| self.is_replaceable(segment));
                 let left = deadline.saturating_duration_since(Instant::now());
                 // What is to be read from somebody else needs time, too.
                 let until = if replaceable { Instant::now() + left / 2 } else { deadline };
-                match self.read_owner(owner, &parts, bucket, until).await {
+                match self.read_owner(owner, &parts, slices, bucket, until).await {
                     Ok(()) => return Ok(()),
                     Err(cause) if !replaceable => return Err(cause),
                     Err(cause) => {
@@ -313,15 +411,21 @@ impl Puller {
         &self,
         owner: Rank,
         parts: &[(&Segment, BufferSlice)],
+        slices: Vec<Slice>,
         bucket: u32,
         deadline: Instant,
     ) -> Result<()> {
-        let op = |(segment, into): &(&Segment, BufferSlice)| {
-            let region = self.region(owner, segment.arena)?;
-            Ok(ReadOp { region, offset: segment.arena_offset, into: into.clone() })
+        let read = |Slice { parts, place }: Slice| async move {
+            let place = place.await;
+            let op = |Part { arena, offset, into }: Part| {
+                Ok(ReadOp { region: self.region(owner, arena)?, offset, into })
+            };
+            let ops = parts.into_iter().map(op).collect::<Result<Vec<_>>>()?;
+            let outcome = self.read(owner, ops, deadline).await;
+            drop(place);
+            outcome
         };
-        let ops = parts.iter().map(op).collect::<Result<Vec<_>>>()?;
-        self.read(owner, ops, deadline).await?;
+        try_join_all(slices.into_iter().map(read)).await?;
         self.check(owner, parts, bucket).await
     }
 

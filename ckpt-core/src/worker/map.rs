@@ -10,9 +10,8 @@ use std::{
 use memmap2::{Mmap, MmapOptions};
 
 use crate::{
-    device::{Buffer, MemoryKind, RingExport},
+    device::{Buffer, MemoryKind, RingExport, host::check_private_dir},
     error::{Error, ErrorKind, Key, Result},
-    sink::check_private_dir,
 };
 
 /// Maps rings of one kind of memory. A device's crate brings its own.

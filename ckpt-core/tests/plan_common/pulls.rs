@@ -1,17 +1,24 @@
 //! A model of how long the pulls of a P2P update take.
 //!
 //! It does what the update driver does: buckets are begun in plan order, each as soon as the ring bytes under it are free;
-//! a receiver works on two buckets at once, with one batch of reads for each owner; a bucket's ring bytes are free once
-//! all its receivers have it and all buckets before it are through. Batches share links fairly (max-min), as connections
-//! and queue pairs do. The exchange and the workers take no time, so that only the balance of the pulls shows.
+//! a receiver has a number of reads under way, its owners taking turns in each bucket; a bucket's ring bytes are free once
+//! all its receivers have it and all buckets before it are through. Reads share links fairly (max-min), as connections
+//! do. The exchange and the workers take no time, so that only the balance of the pulls shows.
 #![allow(dead_code, reason = "each user uses some of it")]
 
 use std::collections::{BTreeMap, VecDeque};
 
-use ckpt_core::{Rank, plan::UpdatePlan};
+use ckpt_core::{
+    Rank,
+    manifest::Manifest,
+    plan::{Bucket, UpdatePlan},
+};
 
-/// Buckets that a receiver pulls at once; the update driver's number.
-const BUCKETS_AT_ONCE: usize = 2;
+/// The update driver's numbers: reads that a receiver with its fair part has under way, the part of the ring that all of
+/// them fill, and what one has at least.
+const READS_AT_ONCE: u64 = 32;
+const PART_UNDER_WAY: u64 = 2;
+const MIN_READ_BYTES: u64 = 256 << 10;
 
 /// Rates in bytes per second.
 pub struct Links {
@@ -42,6 +49,16 @@ impl Links {
         let inwards = total as f64 / self.receivers.values().sum::<f64>();
         bytes.iter().map(|(owner, bytes)| *bytes as f64 / self.owners[owner]).fold(inwards, f64::max)
     }
+
+    /// Bytes of a ring with which an update of `manifest` could take `seconds`, if it were full at every moment.
+    ///
+    /// A tensor lies whole in the ring from its first byte on, and it takes at least its bytes over its owner's rate. So
+    /// it takes up that many bytes times seconds of the ring, and all tensors together cannot take more than the ring has
+    /// in the whole time.
+    pub fn ring_bytes(&self, manifest: &Manifest, seconds: f64) -> f64 {
+        let taken = |(owner, bytes): (Rank, u64)| bytes as f64 * (bytes as f64 / self.owners[&owner]);
+        manifest.tensors().map(|(owner, t)| taken((owner, t.meta.len_bytes()))).sum::<f64>() / seconds
+    }
 }
 
 /// Bytes that each owner sends.
@@ -53,9 +70,9 @@ pub fn sent_bytes(plan: &UpdatePlan) -> BTreeMap<Rank, u64> {
     sent
 }
 
-/// A batch of reads from one owner to one receiver.
+/// Bytes on their way from one owner to one receiver.
 #[derive(Clone, Debug)]
-pub struct Batch {
+pub struct Read {
     pub owner: Rank,
     pub receiver: Rank,
     pub left: f64,
@@ -63,13 +80,14 @@ pub struct Batch {
     pub tag: usize,
 }
 
-/// Batches under way over links that they share.
+/// Reads under way over links that they share.
 pub struct Network {
     /// Owners' links, then receivers'.
     rates: Vec<f64>,
     owners: BTreeMap<Rank, usize>,
     receivers: BTreeMap<Rank, usize>,
-    batches: Vec<(Batch, [usize; 2])>,
+    /// By the two links that they use: these go equally fast.
+    reads: BTreeMap<[usize; 2], Vec<Read>>,
     pub now: f64,
 }
 
@@ -80,111 +98,125 @@ impl Network {
             rates: links.owners.values().chain(links.receivers.values()).copied().collect(),
             owners: links.owners.keys().copied().zip(0..).collect(),
             receivers: links.receivers.keys().copied().zip(count..).collect(),
-            batches: Vec::new(),
+            reads: BTreeMap::new(),
             now: 0.0,
         }
     }
 
-    pub fn start(&mut self, batch: Batch) {
-        let over = [self.owners[&batch.owner], self.receivers[&batch.receiver]];
-        self.batches.push((batch, over));
+    pub fn start(&mut self, read: Read) {
+        let over = [self.owners[&read.owner], self.receivers[&read.receiver]];
+        self.reads.entry(over).or_default().push(read);
     }
 
-    /// Goes on until the next batch is through. Returns what is through; nothing if nothing was under way.
-    pub fn advance(&mut self) -> Vec<Batch> {
+    /// Goes on until the next read is through. Returns what is through; nothing if nothing was under way.
+    pub fn advance(&mut self) -> Vec<Read> {
         let rates = self.fair_rates();
-        let times = self.batches.iter().zip(&rates).map(|((batch, _), rate)| batch.left / rate);
+        let next = |reads: &[Read]| reads.iter().map(|read| read.left).fold(f64::INFINITY, f64::min);
+        let times = self.reads.values().zip(&rates).map(|(reads, rate)| next(reads) / rate);
         let step = times.fold(f64::INFINITY, f64::min);
         if step.is_finite() {
             self.now += step;
         }
         let mut through = Vec::new();
-        let mut rate = rates.iter();
-        self.batches.retain_mut(|(batch, _)| {
-            batch.left -= step * rate.next().copied().unwrap_or_default();
+        for (reads, rate) in self.reads.values_mut().zip(rates) {
+            reads.iter_mut().for_each(|read| read.left -= step * rate);
             // Less than a byte is an error of rounding.
-            let done = batch.left < 1.0;
-            if done {
-                through.push(batch.clone());
-            }
-            !done
-        });
+            through.extend(reads.extract_if(.., |read| read.left < 1.0));
+        }
+        self.reads.retain(|_, reads| !reads.is_empty());
         through
     }
 
-    /// Max-min fair: all batches get faster together, until a link is full; its batches stay as they are.
+    /// Max-min fair: all reads get faster together, until a link is full; its reads stay as they are.
     fn fair_rates(&self) -> Vec<f64> {
-        let mut rates = vec![0.0; self.batches.len()];
-        let mut open: Vec<usize> = (0..self.batches.len()).collect();
+        let flows: Vec<([usize; 2], f64)> =
+            self.reads.iter().map(|(o, reads)| (*o, reads.len() as f64)).collect();
+        let mut rates = vec![0.0; flows.len()];
+        let mut open: Vec<usize> = (0..flows.len()).collect();
         let mut left = self.rates.clone();
         while !open.is_empty() {
             let mut users = vec![0.0_f64; left.len()];
-            open.iter().flat_map(|b| self.batches[*b].1).for_each(|link| users[link] += 1.0);
+            for (over, count) in open.iter().map(|flow| flows[*flow]) {
+                over.into_iter().for_each(|link| users[link] += count);
+            }
             let used = || users.iter().enumerate().filter(|(_, n)| **n > 0.0);
             let share = used().map(|(link, n)| left[link] / n).fold(f64::INFINITY, f64::min);
-            open.iter().for_each(|batch| rates[*batch] += share);
+            open.iter().for_each(|flow| rates[*flow] += share);
             used().for_each(|(link, n)| left[link] -= share * n);
-            open.retain(|b| self.batches[*b].1.iter().all(|link| left[*link] > self.rates[*link] * 1e-9));
+            open.retain(|flow| flows[*flow].0.iter().all(|link| left[*link] > self.rates[*link] * 1e-9));
         }
         rates
     }
 }
 
-/// Bytes by owner.
+/// Bytes by rank.
 type Bytes = BTreeMap<Rank, u64>;
+
+/// What `receiver` reads in one bucket: owners and bytes, in the order in which the driver posts them.
+fn reads(bucket: &Bucket, receiver: Rank, largest: u64) -> Vec<(Rank, f64)> {
+    let mut owners: Bytes = BTreeMap::new();
+    for s in bucket.segments.iter().filter(|s| s.root == receiver && s.len_bytes > 0) {
+        *owners.entry(s.owner).or_default() += s.len_bytes;
+    }
+    let mut reads = Vec::new();
+    for (owner, bytes) in owners {
+        let count = bytes.div_ceil(largest);
+        reads.extend(
+            (0..count).map(|n| (((2 * n + 1) << 32) / (2 * count), owner, bytes as f64 / count as f64)),
+        );
+    }
+    reads.sort_by_key(|(middle, owner, _)| (*middle, *owner));
+    reads.into_iter().map(|(_, owner, bytes)| (owner, bytes)).collect()
+}
 
 /// Seconds from the first pull to the last.
 pub fn pull_seconds(plan: &UpdatePlan, links: &Links) -> f64 {
     let mut network = Network::new(links);
+    let mut loads: Bytes = BTreeMap::new();
+    for s in plan.buckets.iter().flat_map(|b| &b.segments) {
+        *loads.entry(s.root).or_default() += s.len_bytes;
+    }
+    let reads_at_once = READS_AT_ONCE * loads.len() as u64;
+    let largest = (plan.ring_bytes / PART_UNDER_WAY / reads_at_once).max(MIN_READ_BYTES);
+    let all = loads.values().sum::<u64>() as f64;
     let (mut issued, mut acked) = (0, 0);
     let mut missing = vec![0_usize; plan.buckets.len()];
-    // Buckets that each receiver has to pull, with its batches; and how many of those under way are left of each bucket.
-    let mut waiting: BTreeMap<Rank, VecDeque<(usize, Bytes)>> = BTreeMap::new();
-    let mut under_way: BTreeMap<Rank, BTreeMap<usize, usize>> = BTreeMap::new();
+    // Of each receiver: how many reads may begin now, and those that wait for that.
+    let mut receivers: BTreeMap<Rank, (usize, VecDeque<Read>)> = (loads.into_iter())
+        .map(|(rank, load)| {
+            let places = (load as f64 / all * reads_at_once as f64).round().max(1.0);
+            (rank, (places as usize, VecDeque::new()))
+        })
+        .collect();
     loop {
-        while acked < issued && missing[acked] == 0 {
-            acked += 1;
-        }
-        while let Some(bucket) = plan.buckets.get(issued) {
-            if bucket.waits_for.is_some_and(|w| w as usize >= acked) {
-                break;
-            }
-            let mut batches: BTreeMap<Rank, Bytes> = BTreeMap::new();
-            for s in bucket.segments.iter().filter(|s| s.len_bytes > 0) {
-                *batches.entry(s.root).or_default().entry(s.owner).or_default() += s.len_bytes;
-            }
-            for (receiver, batches) in batches {
-                missing[issued] += batches.len();
-                waiting.entry(receiver).or_default().push_back((issued, batches));
-            }
-            issued += 1;
-            if missing[issued - 1] == 0 && acked + 1 == issued {
+        loop {
+            while acked < issued && missing[acked] == 0 {
                 acked += 1;
             }
-        }
-        for (receiver, waiting) in &mut waiting {
-            let under_way = under_way.entry(*receiver).or_default();
-            while under_way.len() < BUCKETS_AT_ONCE {
-                let Some((bucket, batches)) = waiting.pop_front() else { break };
-                under_way.insert(bucket, batches.len());
-                for (owner, bytes) in batches {
-                    network.start(Batch { owner, receiver: *receiver, left: bytes as f64, tag: bucket });
-                }
+            let free = |bucket: &&Bucket| bucket.waits_for.is_none_or(|w| (w as usize) < acked);
+            let Some(bucket) = plan.buckets.get(issued).filter(free) else { break };
+            for (receiver, (_, waiting)) in &mut receivers {
+                let reads = reads(bucket, *receiver, largest);
+                missing[issued] += reads.len();
+                let read = |(owner, left)| Read { owner, receiver: *receiver, left, tag: issued };
+                waiting.extend(reads.into_iter().map(read));
             }
+            issued += 1;
+        }
+        for (places, waiting) in receivers.values_mut() {
+            let begun = waiting.drain(..waiting.len().min(*places));
+            *places -= begun.len();
+            begun.for_each(|read| network.start(read));
         }
         let through = network.advance();
         if through.is_empty() {
             assert_eq!(acked, plan.buckets.len(), "the plan waits for what never comes");
             return network.now;
         }
-        for batch in through {
-            missing[batch.tag] -= 1;
-            let mine = under_way.entry(batch.receiver).or_default();
-            if let Some(left) = mine.get_mut(&batch.tag) {
-                *left -= 1;
-                if *left == 0 {
-                    mine.remove(&batch.tag);
-                }
+        for read in through {
+            missing[read.tag] -= 1;
+            if let Some((places, _)) = receivers.get_mut(&read.receiver) {
+                *places += 1;
             }
         }
     }

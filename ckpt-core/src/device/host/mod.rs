@@ -25,13 +25,16 @@ use std::{
 
 use tokio::runtime::Handle;
 
-pub(crate) use self::stream::{copy_bytes, submit_alone};
 use self::{adversary::Adversary, ring::HostRing, stream::HostQueue};
 pub use self::{
     adversary::POISON,
     event::HostEvent,
     memory::HostBuffer,
     runtime_dir::{private_dir, runtime_dir},
+};
+pub(crate) use self::{
+    runtime_dir::check_private_dir,
+    stream::{copy_bytes, submit_alone},
 };
 use crate::{
     device::{Buffer, DeviceBackend, DeviceConfig, DeviceInfo, DeviceProvider, MemoryKind, Ring, Stream},

@@ -30,37 +30,41 @@ fn choose(variable: impl Fn(&str) -> Option<OsString>, uid: u32) -> PathBuf {
 
 /// Makes `path` (mode 0700) if it is not there, and checks that only this user may enter it.
 pub fn private_dir(path: &Path) -> Result<()> {
-    let error = |kind, message: &str| {
-        Error::new(kind, "prepare the runtime folder", message.to_owned()).with(Key::Path, path.display())
-    };
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|e| {
-        error(
-            ErrorKind::ConfigInvalid,
-            "cannot make the folder; set CKPT_RUNTIME_DIR to one that can be made",
-        )
-        .caused_by(e)
+        refuse(path, "cannot make the folder; set CKPT_RUNTIME_DIR to one that can be made").caused_by(e)
     })?;
-    let meta = fs::symlink_metadata(path)
-        .map_err(|e| error(ErrorKind::ConfigInvalid, "cannot look at the folder").caused_by(e))?;
+    check_private_dir(path)
+}
+
+/// That `path` is a folder of this user which nobody else can enter.
+pub(crate) fn check_private_dir(path: &Path) -> Result<()> {
+    let meta = fs::symlink_metadata(path).map_err(|e| {
+        refuse(path, "cannot look at the folder; make it with mode 0700 or set CKPT_RUNTIME_DIR").caused_by(e)
+    })?;
+    let uid = rustix::process::geteuid().as_raw();
     if !meta.is_dir() {
-        return Err(error(
-            ErrorKind::ConfigInvalid,
-            "it is a link or not a folder; remove it or set CKPT_RUNTIME_DIR",
-        ));
+        return Err(refuse(path, "it is a link or not a folder; remove it or set CKPT_RUNTIME_DIR"));
     }
-    if meta.uid() != rustix::process::geteuid().as_raw() {
-        return Err(error(
-            ErrorKind::ConfigInvalid,
-            "the folder belongs to another user; set CKPT_RUNTIME_DIR to one of your own",
-        ));
+    if meta.uid() != uid {
+        let message = format!(
+            "the folder belongs to user {}, this process runs as {uid}; set CKPT_RUNTIME_DIR to one of your own",
+            meta.uid()
+        );
+        return Err(refuse(path, message));
     }
     if meta.mode() & 0o077 != 0 {
-        return Err(error(
-            ErrorKind::ConfigInvalid,
-            "other users may enter the folder; run chmod 700 on it or set CKPT_RUNTIME_DIR",
-        ));
+        let message = format!(
+            "other users may enter the folder (mode {:o}); chmod 0700 it or set CKPT_RUNTIME_DIR",
+            meta.mode() & 0o777
+        );
+        return Err(refuse(path, message));
     }
     Ok(())
+}
+
+fn refuse(path: &Path, message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::ConfigInvalid, "check the runtime folder", message.into())
+        .with(Key::Path, path.display())
 }
 
 #[cfg(test)]
@@ -101,7 +105,7 @@ mod tests {
         fs::create_dir(&open).unwrap();
         fs::set_permissions(&open, fs::Permissions::from_mode(0o755)).unwrap();
         let error = private_dir(&open).unwrap_err();
-        assert!(error.to_string().contains("chmod 700"), "{error}");
+        assert!(error.to_string().contains("chmod 0700"), "{error}");
 
         let link = base.path().join("link");
         symlink(&fine, &link).unwrap();

@@ -105,6 +105,19 @@ fn header(number: u64, index: usize, op: &CollectiveOp) -> StripeHeader {
     StripeHeader { number, op: index as u32, root: op.root, len_bytes: op.buffer.len_bytes() }
 }
 
+/// What one lane carries of the operations that come from `root`: their numbers, and the stripes of their buffers.
+fn stripes(
+    ops: &[CollectiveOp],
+    root: u32,
+    lane: usize,
+    lanes: usize,
+) -> impl Iterator<Item = (usize, &CollectiveOp, Range<u64>)> {
+    ops.iter()
+        .enumerate()
+        .filter(move |(_, op)| op.root == root)
+        .filter_map(move |(index, op)| Some((index, op, stripe(op.buffer.len_bytes(), index, lane, lanes)?)))
+}
+
 /// Sends this member's operations over one lane.
 async fn send(
     mesh: Arc<Mesh>,
@@ -114,12 +127,10 @@ async fn send(
     ops: Arc<[CollectiveOp]>,
 ) -> Result<()> {
     let peer = &mesh.peers[peer];
-    for (index, op) in ops.iter().enumerate().filter(|(_, op)| op.root == mesh.rank) {
-        if let Some(range) = stripe(op.buffer.len_bytes(), index, lane, peer.lanes.len()) {
-            let header = header(number, index, op).encode();
-            if let Err(error) = send_stripe(peer, lane, &header, &op.buffer.slice(range)?).await {
-                return Err(mesh.broken(peer, error).await);
-            }
+    for (index, op, range) in stripes(&ops, mesh.rank, lane, peer.lanes.len()) {
+        let header = header(number, index, op).encode();
+        if let Err(error) = send_stripe(peer, lane, &header, &op.buffer.slice(range)?).await {
+            return Err(mesh.broken(peer, error).await);
         }
     }
     Ok(())
@@ -141,8 +152,7 @@ async fn receive(
     ops: Arc<[CollectiveOp]>,
 ) -> Result<()> {
     let peer = &mesh.peers[peer];
-    for (index, op) in ops.iter().enumerate().filter(|(_, op)| op.root == peer.rank) {
-        let Some(range) = stripe(op.buffer.len_bytes(), index, lane, peer.lanes.len()) else { continue };
+    for (index, op, range) in stripes(&ops, peer.rank, lane, peer.lanes.len()) {
         let mut found = [0; StripeHeader::BYTES];
         if let Err(error) = read_exact(&peer.lanes[lane], &mut found).await {
             return Err(mesh.broken(peer, error).await);

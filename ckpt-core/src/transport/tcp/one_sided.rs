@@ -40,6 +40,8 @@ pub(super) const IDLE_TIME: Duration = Duration::from_secs(300);
 pub(super) const PIECE_TIME: Duration = Duration::from_secs(60);
 /// An owner that sends nothing this long, while it owes bytes or answers, is given up.
 const SILENCE: Duration = Duration::from_secs(5);
+/// Connections to one owner that wait for the next batch. A receiver has about as many batches under way.
+const IDLE_CONNECTIONS: usize = 32;
 /// Status and length before the bytes or the error's text.
 const ANSWER_BYTES: usize = 16;
 const ERROR_LIMIT: u64 = 1 << 16;
@@ -82,10 +84,10 @@ impl Pool {
         None
     }
 
-    fn give(&self, peer: Line, stream: TcpStream, limit: usize) {
+    fn give(&self, peer: Line, stream: TcpStream) {
         let mut idle = self.lock();
         let streams = idle.entry(peer).or_default();
-        if streams.len() < limit {
+        if streams.len() < IDLE_CONNECTIONS {
             streams.push(stream);
         }
     }
@@ -289,7 +291,7 @@ async fn move_share(
         Way::Read => read(&stream, &share).await?,
         Way::Write => super::write::write(&stream, &share).await?,
     }
-    node.pool.give(line, stream, node.lanes);
+    node.pool.give(line, stream);
     Ok(())
 }
 
