@@ -172,6 +172,7 @@ impl HubMachine {
         state.reported = false;
         let returned = state.was.replace((hello.host.clone(), hello.pid)).is_some();
         state.session = Some(Session { host: hello.host, pid: hello.pid, heard: now });
+        self.gathers.owe_nothing_to(rank);
         let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
         let d = &self.config.deadlines;
         let welcome =

@@ -23,6 +23,13 @@ pub(super) struct Gathers {
     failed: VecDeque<Failed>,
 }
 
+impl Gathers {
+    /// `rank` is a new process or has joined anew: it is on its way to no gather of before.
+    pub fn owe_nothing_to(&mut self, rank: Rank) {
+        self.failed.iter_mut().for_each(|failed| _ = failed.owed.remove(&rank));
+    }
+}
+
 /// A gather that failed while some ranks were still on their way to it. They hear the same, for a moment: who comes
 /// later than that means a new gather, since names need not be unique.
 #[derive(Clone, Debug)]
