@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     job::{JobArgs, Rank},
+    output::format_bytes,
     policy::{PolicyArgs, after_failure},
     progress::Bar,
 };
@@ -116,9 +117,61 @@ impl Done {
         })
     }
 
-    pub(crate) fn transfer_s(&self) -> f64 {
+    fn transfer_s(&self) -> f64 {
         self.stages.get("transfer_s").and_then(serde_json::Value::as_f64).unwrap_or(0.0)
     }
+}
+
+/// What a command says of its updates, whatever brought the bytes.
+#[derive(Serialize)]
+pub(crate) struct Totals {
+    /// Of the slowest rank, for each update.
+    update_s: Vec<f64>,
+    bucket_bytes: u64,
+    ring_bytes: u64,
+    pub(crate) tensor_bytes: u64,
+    pub(crate) tensors: u64,
+    buckets: u64,
+    gib_per_s: f64,
+    /// Of the last update, on its lowest rank.
+    stages: serde_json::Value,
+    #[serde(skip)]
+    transfer_s: f64,
+}
+
+impl Totals {
+    /// `None` without updates.
+    pub(crate) fn new<'a>(done: impl Iterator<Item = &'a Done> + Clone) -> Option<Self> {
+        let last = done.clone().last()?.clone();
+        let update_s: Vec<f64> = done.map(|d| d.update_s).collect();
+        let best = update_s.iter().copied().fold(f64::INFINITY, f64::min);
+        Some(Self {
+            update_s,
+            bucket_bytes: last.bucket_bytes,
+            ring_bytes: last.ring_bytes,
+            tensor_bytes: last.tensor_bytes,
+            tensors: last.tensors,
+            buckets: last.buckets,
+            gib_per_s: last.tensor_bytes as f64 / best / (1_u64 << 30) as f64,
+            transfer_s: last.transfer_s(),
+            stages: last.stages,
+        })
+    }
+
+    /// How the bytes moved, for people.
+    pub(crate) fn rows(&self) -> [(&'static str, String); 3] {
+        let (buckets, limit) = (self.buckets, format_bytes(self.bucket_bytes));
+        [
+            ("transfer", format!("{:.3} s in {buckets} buckets of up to {limit}", self.transfer_s)),
+            ("ring", format_bytes(self.ring_bytes)),
+            ("rate", format!("{:.2} GiB/s", self.gib_per_s)),
+        ]
+    }
+}
+
+/// Durations for people: `0.123 s, 0.119 s`.
+pub(crate) fn seconds(all: &[f64]) -> String {
+    all.iter().map(|s| format!("{s:.3} s")).collect::<Vec<_>>().join(", ")
 }
 
 /// Numbers the tensors of `manifest` for workers that speak the native protocol. Replicas count once.

@@ -2,12 +2,12 @@
 
 use std::{path::PathBuf, process::ExitCode, time::Instant};
 
-use ckpt_core::{Version, control::Token, metas::Metas};
+use ckpt_core::{Error, ErrorKind, Key, Version, control::Token, metas::Metas};
 use clap::Args;
 use serde::Serialize;
 
 use super::{
-    instance::{Done, InstanceArgs, layout},
+    instance::{Done, InstanceArgs, Totals, layout, seconds},
     metas_file,
 };
 use crate::{
@@ -49,16 +49,8 @@ struct Summary {
     p2p_transport: &'static str,
     device: &'static str,
     load_metas_s: f64,
-    /// Of the slowest rank, for each update.
-    update_s: Vec<f64>,
-    bucket_bytes: u64,
-    ring_bytes: u64,
-    tensor_bytes: u64,
-    tensors: u64,
-    buckets: u64,
-    gib_per_s: f64,
-    /// Of the last update, on rank 0.
-    stages: serde_json::Value,
+    #[serde(flatten)]
+    totals: Totals,
 }
 
 pub(crate) async fn run(args: JoinArgs, context: &Context) -> anyhow::Result<ExitCode> {
@@ -91,21 +83,23 @@ async fn pull(
     rank: &mut Rank,
 ) -> anyhow::Result<()> {
     let started = Instant::now();
-    let metas: Option<Metas> = if rank.rank() == 0 {
-        let token = secret.map_or_else(|| rank.job.session.secret(), Ok)?;
-        Some(metas_file::load(source, &token).await?)
-    } else {
-        None
-    };
-    let metas = rank.server.share_metas(metas.as_ref()).await?;
+    let token = secret.map_or_else(|| rank.job.session.secret(), Ok)?;
+    let brought = if rank.rank() == 0 { Some(metas_file::load(source, &token).await?) } else { None };
+    let metas = rank.server.share_metas(brought.as_ref()).await?;
     let layout = layout(&metas.manifest())?;
     let load_metas_s = started.elapsed().as_secs_f64();
     let mut done: Vec<Done> = Vec::new();
     for i in 0..args.repeat {
         done.push(args.update(rank, &layout, ranks, Version(args.weight_version + i)).await?);
+        if metas.are_unchecked() {
+            let found = if rank.rank() == 0 { compare(source, &token, &metas).await.err() } else { None };
+            let found = serde_json::to_vec(&found.map(|error| error.flattened()))?;
+            for part in rank.collect("compare metas", found.into()).await?.iter() {
+                serde_json::from_slice::<Option<Error>>(part)?.map_or(Ok(()), Err)?;
+            }
+        }
     }
-    if let (Some(last), 0) = (done.last(), rank.rank()) {
-        let best = done.iter().map(|d| d.update_s).fold(f64::INFINITY, f64::min);
+    if let (Some(totals), 0) = (Totals::new(done.iter()), rank.rank()) {
         let summary = Summary {
             checkpoint: args.checkpoint_name.clone(),
             ranks: if ranks.is_empty() { rank.world_size() } else { ranks.len() as u32 },
@@ -114,16 +108,9 @@ async fn pull(
             p2p_transport: rank.server.reader().name(),
             device: rank.server.device().kind(),
             load_metas_s,
-            update_s: done.iter().map(|d| d.update_s).collect(),
-            bucket_bytes: last.bucket_bytes,
-            ring_bytes: last.ring_bytes,
-            tensor_bytes: last.tensor_bytes,
-            tensors: last.tensors,
-            buckets: last.buckets,
-            gib_per_s: last.tensor_bytes as f64 / best / (1_u64 << 30) as f64,
-            stages: last.stages.clone(),
+            totals,
         };
-        print(&summary, last, context);
+        print(&summary, &done, context);
         context.output.object(&summary)?;
     }
     if let Some(time) = args.sleep_time {
@@ -132,27 +119,71 @@ async fn pull(
     Ok(())
 }
 
-fn print(summary: &Summary, last: &Done, context: &Context) {
+/// Owners that do not notice readers may have registered other weights under them: then their metas differ now.
+async fn compare(source: &str, token: &Token, metas: &Metas) -> Result<(), Error> {
+    let wrong = |kind, message: &str| Error::new(kind, "compare metas", message).with(Key::Endpoint, source);
+    let later = metas_file::load(source, token).await.map_err(|cause| {
+        let message = "the sender's metas cannot be read again, so nobody knows whether its memory stayed the same \
+                       during the join; join again";
+        wrong(ErrorKind::Unavailable, message).caused_by(std::io::Error::other(format!("{cause:#}")))
+    })?;
+    match metas.moved_since(&later) {
+        None => Ok(()),
+        Some(owner) => {
+            let message = "the sender registered other memory during the join: the engines may hold a mixture; join again";
+            Err(wrong(ErrorKind::Corrupt, message).with(Key::Peer, owner))
+        }
+    }
+}
+
+fn print(summary: &Summary, done: &[Done], context: &Context) {
     let mut table = Table::new(&["what", "value"]);
-    let updates: Vec<String> = summary.update_s.iter().map(|s| format!("{s:.3} s")).collect();
-    let rows = [
-        ("weights", format!("{}, {} tensors", format_bytes(summary.tensor_bytes), summary.tensors)),
+    let updates: Vec<f64> = done.iter().map(|d| d.update_s).collect();
+    let Totals { tensor_bytes, tensors, .. } = summary.totals;
+    table.pairs([
+        ("weights", format!("{}, {tensors} tensors", format_bytes(tensor_bytes))),
         ("from", format!("{} ranks, read over {}", summary.sender_ranks, summary.p2p_transport)),
         ("to", format!("{} ranks over {} on {}", summary.ranks, summary.transport, summary.device)),
-        ("load metas", format!("{:.3} s", summary.load_metas_s)),
-        ("update", updates.join(", ")),
-        (
-            "transfer",
-            format!(
-                "{:.3} s in {} buckets of up to {}",
-                last.transfer_s(),
-                summary.buckets,
-                format_bytes(summary.bucket_bytes)
-            ),
-        ),
-        ("ring", format_bytes(summary.ring_bytes)),
-        ("rate", format!("{:.2} GiB/s", summary.gib_per_s)),
-    ];
-    table.pairs(rows);
+        ("load metas", seconds(&[summary.load_metas_s])),
+        ("update", seconds(&updates)),
+    ]);
+    table.pairs(summary.totals.rows());
     context.output.table(&table);
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    fn json(address: u64) -> String {
+        format!(
+            r#"{{"3": {{"p2p_store_addr": "10.0.0.1:15428", "rdma_device": "", "memory_buffer_metas_list": [{{"ptr": {address},
+            "size": 256, "metas": [{{"name": "w", "dtype": "torch.uint8", "shape": [256], "aligned_size": 256}}]}}]}}}}"#
+        )
+    }
+
+    #[tokio::test]
+    async fn an_owner_that_registers_other_memory_during_a_join_is_noticed_afterwards() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("metas.json");
+        let (source, token) = (file.to_str().unwrap(), Token::random().unwrap());
+        std::fs::write(&file, json(4096)).unwrap();
+        let metas = metas_file::load(source, &token).await.unwrap();
+        assert!(metas.are_unchecked());
+        compare(source, &token, &metas).await.unwrap();
+        // Other memory, other tensors, nothing at all.
+        for (other, kind) in [
+            (json(8192), ErrorKind::Corrupt),
+            (json(4096).replace("\"w\"", "\"v\""), ErrorKind::Corrupt),
+            ("{}".to_owned(), ErrorKind::Corrupt),
+            ("?".to_owned(), ErrorKind::Unavailable),
+        ] {
+            std::fs::write(&file, other).unwrap();
+            let error = compare(source, &token, &metas).await.unwrap_err();
+            assert_eq!(error.kind(), kind, "{error}");
+            assert!(error.to_string().contains("join again"), "{error}");
+        }
+    }
 }

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 pub(crate) use super::instance::WorkerProtocol;
 use super::{
-    instance::{Done, InstanceArgs, layout},
+    instance::{Done, InstanceArgs, Totals, layout, seconds},
     join, metas_file,
 };
 use crate::{
@@ -109,18 +109,10 @@ struct Summary {
     device: &'static str,
     load_s: f64,
     gather_metas_s: f64,
-    /// Of the slowest rank, for each update.
-    update_s: Vec<f64>,
-    /// The same by method.
+    /// Of the slowest rank, for each update of each method.
     update_s_by_method: std::collections::BTreeMap<&'static str, Vec<f64>>,
-    bucket_bytes: u64,
-    ring_bytes: u64,
-    tensor_bytes: u64,
-    tensors: u64,
-    buckets: u64,
-    gib_per_s: f64,
-    /// Of the last update, on its lowest rank.
-    stages: serde_json::Value,
+    #[serde(flatten)]
+    totals: Totals,
 }
 
 pub(crate) async fn run(args: UpdateArgs, context: &Context) -> anyhow::Result<ExitCode> {
@@ -225,13 +217,11 @@ fn report(
     gather_metas_s: f64,
     done: &[(&'static str, Done)],
 ) -> anyhow::Result<()> {
-    let Some((_, last)) = done.last() else { return Ok(()) };
-    let update_s: Vec<f64> = done.iter().map(|(_, d)| d.update_s).collect();
+    let Some(totals) = Totals::new(done.iter().map(|(_, done)| done)) else { return Ok(()) };
     let mut update_s_by_method = std::collections::BTreeMap::<_, Vec<f64>>::new();
     for (method, one) in done {
         update_s_by_method.entry(*method).or_default().push(one.update_s);
     }
-    let best = update_s.iter().copied().fold(f64::INFINITY, f64::min);
     let summary = Summary {
         checkpoint: args.instance.checkpoint_name.clone(),
         ranks: rank.world_size(),
@@ -239,55 +229,27 @@ fn report(
         device: rank.server.device().kind(),
         load_s,
         gather_metas_s,
-        update_s,
         update_s_by_method,
-        bucket_bytes: last.bucket_bytes,
-        ring_bytes: last.ring_bytes,
-        tensor_bytes: last.tensor_bytes,
-        tensors: last.tensors,
-        buckets: last.buckets,
-        gib_per_s: last.tensor_bytes as f64 / best / (1_u64 << 30) as f64,
-        stages: last.stages.clone(),
+        totals,
     };
-    print(&summary, last, context);
+    print(&summary, context);
     context.output.object(&summary)
 }
 
-fn print(summary: &Summary, last: &Done, context: &Context) {
+fn print(summary: &Summary, context: &Context) {
     let mut table = Table::new(&["what", "value"]);
-    let of = |seconds: &[f64]| seconds.iter().map(|s| format!("{s:.3} s")).collect::<Vec<_>>().join(", ");
-    let updates: Vec<String> = summary
-        .update_s_by_method
-        .iter()
-        .map(|(method, seconds)| format!("{method} {}", of(seconds)))
-        .collect();
-    let rows = [
-        (
-            "checkpoint",
-            format!(
-                "{} ({}, {} tensors)",
-                summary.checkpoint,
-                format_bytes(summary.tensor_bytes),
-                summary.tensors
-            ),
-        ),
+    let updates: Vec<String> =
+        summary.update_s_by_method.iter().map(|(method, all)| format!("{method} {}", seconds(all))).collect();
+    let Totals { tensor_bytes, tensors, .. } = summary.totals;
+    let weights = format!("{} ({}, {tensors} tensors)", summary.checkpoint, format_bytes(tensor_bytes));
+    table.pairs([
+        ("checkpoint", weights),
         ("ranks", format!("{} over {} on {}", summary.ranks, summary.transport, summary.device)),
-        ("load", format!("{:.3} s", summary.load_s)),
-        ("gather metas", format!("{:.3} s", summary.gather_metas_s)),
+        ("load", seconds(&[summary.load_s])),
+        ("gather metas", seconds(&[summary.gather_metas_s])),
         ("update", updates.join("; ")),
-        (
-            "transfer",
-            format!(
-                "{:.3} s in {} buckets of up to {}",
-                last.transfer_s(),
-                summary.buckets,
-                format_bytes(summary.bucket_bytes)
-            ),
-        ),
-        ("ring", format_bytes(summary.ring_bytes)),
-        ("rate", format!("{:.2} GiB/s", summary.gib_per_s)),
-    ];
-    table.pairs(rows);
+    ]);
+    table.pairs(summary.totals.rows());
     context.output.table(&table);
 }
 

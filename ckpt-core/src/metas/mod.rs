@@ -136,6 +136,19 @@ impl Metas {
         by_name
     }
 
+    /// The first rank of these metas whose memory `later` ones describe differently, of those whose reads are not checked
+    /// by themselves: checkpoint-engine's own instances do not tell readers that they registered other weights.
+    pub fn moved_since(&self, later: &Self) -> Option<Rank> {
+        let unchecked = self.ranks.iter().filter(|(_, metas)| metas.placement.extension.is_none());
+        let mut moved = unchecked.filter(|(rank, metas)| later.ranks.get(*rank) != Some(*metas));
+        moved.next().map(|(rank, _)| *rank)
+    }
+
+    /// Whether there are such ranks at all.
+    pub fn are_unchecked(&self) -> bool {
+        self.ranks.values().any(|metas| metas.placement.extension.is_none())
+    }
+
     /// What the planner needs. Shares are not copied.
     pub fn manifest(&self) -> Manifest {
         Manifest { shares: self.ranks.iter().map(|(rank, metas)| (*rank, metas.share.clone())).collect() }
