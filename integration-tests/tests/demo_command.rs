@@ -30,6 +30,13 @@ async fn the_demo_verifies_every_tensor_and_says_what_it_did() {
         assert!(told[seconds].as_f64().unwrap_or_else(|| panic!("{seconds} in {told}")) > 0.0, "{told}");
     }
     assert_eq!(told["update_s"].as_array().unwrap().len(), 1);
+    let joined = &told["joined"];
+    assert_eq!((&joined["p2p_transport"], &joined["sender_ranks"]), (&Value::from("tcp"), &Value::from(2)));
+    assert_eq!(joined["verified_tensors"], told["tensors"], "{told}");
+    assert!(
+        joined["update_s"].as_f64().unwrap() > 0.0 && joined["gib_per_s"].as_f64().unwrap() > 0.0,
+        "{told}"
+    );
     assert!(told["checkpoint"].as_str().unwrap().contains("generated"), "{told}");
 }
 
@@ -46,7 +53,9 @@ async fn three_ranks_update_three_times_and_all_dumps_equal_the_files() {
     assert_eq!(told["update_s"].as_array().unwrap().len(), 3);
     assert_eq!(told["tensors"].as_u64().unwrap(), generated.tensors().len() as u64);
     let dumps: Vec<_> = std::fs::read_dir(&dump).unwrap().map(|entry| entry.unwrap().path()).collect();
-    assert_eq!(dumps.len(), 3, "{dumps:?}");
+    // Those of the ranks, and the folder of the instance that joined.
+    assert_eq!(dumps.len(), 4, "{dumps:?}");
+    assert!(dumps.iter().any(|dump| dump.ends_with("joined") && dump.is_dir()), "{dumps:?}");
     for dump in dumps {
         assert_dump(&generated, &dump);
     }

@@ -12,10 +12,15 @@ use anyhow::Context as _;
 use ckpt_core::{
     Error, ErrorKind, Key,
     checkpoint::{CheckpointSource, DigestAlgorithm, generate, save_checkpoint},
+    control::Token,
 };
 use clap::Args;
+use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
-use tokio::process::{Child, Command};
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    process::{Child, Command},
+};
 
 use crate::{
     Context,
@@ -24,18 +29,21 @@ use crate::{
 };
 
 const OPERATION: &str = "run the demo";
+const TOKEN_FILE: &str = "token";
+const METAS_FILE: &str = "metas.json";
 /// Seed of the generated checkpoint: its bytes are the same on every machine.
 const SEED: u64 = 2026;
 /// Generated files are about this large, so that there are several.
 const SHARD_BYTES: u64 = 256 << 20;
-/// For the workers to end after SIGTERM.
+/// For a process to end once it was asked.
 const GRACE: Duration = Duration::from_secs(10);
 
 /// Try it on this machine: parameter servers, workers, one update, every tensor verified
 #[derive(Args)]
 #[command(after_help = "\
 It starts N workers and N parameter servers as separate processes, updates the workers by broadcast, and compares every
-tensor that they hold with the files.
+tensor that they hold with the files. Then one more instance joins: it has no files and pulls the weights from the
+parameter servers' memory (P2P, over tcp), and is compared in the same way.
 
 Examples:
   ckpt demo
@@ -82,6 +90,27 @@ struct Updated {
     buckets: u64,
 }
 
+/// What `ckpt join --json` says.
+#[derive(Debug, Deserialize)]
+struct Joined {
+    p2p_transport: String,
+    sender_ranks: u32,
+    load_metas_s: f64,
+    update_s: Vec<f64>,
+    gib_per_s: f64,
+}
+
+/// The instance that came later.
+#[derive(Serialize)]
+struct Third {
+    p2p_transport: String,
+    sender_ranks: u32,
+    load_metas_s: f64,
+    update_s: f64,
+    gib_per_s: f64,
+    verified_tensors: usize,
+}
+
 #[derive(Serialize)]
 struct Summary {
     verified: bool,
@@ -101,6 +130,7 @@ struct Summary {
     bucket_bytes: u64,
     ring_bytes: u64,
     verified_tensors: usize,
+    joined: Third,
 }
 
 pub(crate) async fn run(args: DemoArgs, context: &Context) -> anyhow::Result<ExitCode> {
@@ -153,26 +183,27 @@ async fn demonstrate(
 ) -> anyhow::Result<Summary> {
     let mut workers = Vec::new();
     for rank in 0..args.ranks {
-        workers.push(start_worker(args, scratch, rank)?);
+        workers.push(start_worker(args, scratch, rank, rank)?);
     }
-    let updated = update(args, checkpoint, scratch).await?;
+    let (updated, mut sender) = update(args, checkpoint, scratch).await?;
     let started = Instant::now();
     let expected = digests_of(source.clone()).await?;
     let mut verified_tensors = 0;
     for (rank, worker) in (0..args.ranks).zip(&mut workers) {
-        if let Some(status) = worker.try_wait()? {
-            anyhow::bail!("worker {rank} ended early, {status}: {}", last_lines(&worker_log(scratch, rank)));
-        }
-        verified_tensors += verify(rank, &socket(scratch, rank), &expected).await?;
+        verified_tensors += verify(rank, worker, scratch, &expected).await?;
     }
     let verify_s = started.elapsed().as_secs_f64();
+    // The workers that were updated have done their part; on accelerators the newcomer takes the first one's device.
     for worker in &mut workers {
         end(worker).await;
     }
+    let joined = join(args, scratch, &expected).await?;
+    end(&mut sender).await;
     let tensor_bytes = source.len_bytes();
     let best = updated.update_s.iter().copied().fold(f64::INFINITY, f64::min);
     Ok(Summary {
-        verified: verified_tensors == expected.len() * args.ranks as usize,
+        verified: verified_tensors == expected.len() * args.ranks as usize
+            && joined.verified_tensors == expected.len(),
         checkpoint: name,
         tensors: expected.len(),
         tensor_bytes,
@@ -189,6 +220,7 @@ async fn demonstrate(
         bucket_bytes: updated.bucket_bytes,
         ring_bytes: updated.ring_bytes,
         verified_tensors,
+        joined,
     })
 }
 
@@ -208,36 +240,90 @@ fn ckpt(log: &Path) -> anyhow::Result<Command> {
     Ok(command)
 }
 
-fn start_worker(args: &DemoArgs, scratch: &Path, rank: u32) -> anyhow::Result<Child> {
-    let mut command = ckpt(&worker_log(scratch, rank))?;
-    command.arg("worker").arg("--uds").arg(socket(scratch, rank)).args(["--rank", &rank.to_string()]);
+/// Starts worker number `number`, which belongs to rank `rank` of its instance.
+fn start_worker(args: &DemoArgs, scratch: &Path, number: u32, rank: u32) -> anyhow::Result<Child> {
+    let mut command = ckpt(&worker_log(scratch, number))?;
+    command.arg("worker").arg("--uds").arg(socket(scratch, number)).args(["--rank", &rank.to_string()]);
     command.args(["--device", &args.device, "--local-rank", &rank.to_string()]);
     // The pipe is never written; it closes when this process dies.
     command.arg("--exit-with-parent").stdin(Stdio::piped());
     if let Some(folder) = &args.dump {
-        command.arg("--dump").arg(folder);
+        // The newcomer's only worker is called as the first instance's first.
+        command.arg("--dump").arg(if number == rank { folder.clone() } else { folder.join("joined") });
     }
-    command.spawn().with_context(|| format!("start worker {rank}"))
+    command.spawn().with_context(|| format!("start worker {number}"))
 }
 
-async fn update(args: &DemoArgs, checkpoint: &Path, scratch: &Path) -> anyhow::Result<Updated> {
+/// Updates the workers; the parameter servers then go on serving their memory until they are ended.
+async fn update(args: &DemoArgs, checkpoint: &Path, scratch: &Path) -> anyhow::Result<(Updated, Child)> {
     let program = std::env::current_exe().context("find this program")?;
+    Token::random()?.write_to(&scratch.join(TOKEN_FILE))?;
     let log = scratch.join("update.log");
     let mut command = ckpt(&log)?;
     command.args(["launch", "--nproc-per-node", &args.ranks.to_string(), "--"]).arg(program);
-    command.args(["update", "--json", "--device", &args.device, "--worker-protocol", "native"]);
-    command.args(["--inference-parallel-size", "1", "--transport", &args.transport]);
-    command.args(["--checkpoint-name", "demo", "--repeat", &args.repeat.to_string()]);
+    command.args(["update", "--transport", &args.transport, "--repeat", &args.repeat.to_string()]);
     command.arg("--checkpoint-path").arg(checkpoint).arg("--uds").arg(scratch.join("worker-{rank}.sock"));
-    // Not `output()`, which would take stderr away from the log.
-    let child = command.stdout(Stdio::piped()).spawn().context("start the update")?;
-    let output = child.wait_with_output().await.context("run the update")?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let last = text.lines().rev().find(|line| line.starts_with('{'));
-    match (output.status.success(), last) {
-        (true, Some(line)) => serde_json::from_str(line).context("read the update's result"),
-        _ => anyhow::bail!("the update ended with {}: {}", output.status, last_lines(&log)),
+    command.arg("--save-metas-file").arg(scratch.join(METAS_FILE));
+    command.args(["--sleep-time", &args.timeout.to_string()]);
+    instance(&mut command, args, scratch);
+    let mut child = command.stdout(Stdio::piped()).spawn().context("start the update")?;
+    // After a failure it is a line of another form.
+    match result_of(&mut child).await?.and_then(|line| serde_json::from_str(&line).ok()) {
+        Some(updated) => Ok((updated, child)),
+        None => anyhow::bail!("the update ended with {}: {}", child.wait().await?, last_lines(&log)),
     }
+}
+
+/// One more instance takes its weights from the memory of the first one.
+async fn join(args: &DemoArgs, scratch: &Path, expected: &HashMap<String, Held>) -> anyhow::Result<Third> {
+    let number = args.ranks;
+    let mut worker = start_worker(args, scratch, number, 0)?;
+    let log = scratch.join("join.log");
+    let mut command = ckpt(&log)?;
+    command
+        .arg("join")
+        .arg("--metas")
+        .arg(scratch.join(METAS_FILE))
+        .arg("--uds")
+        .arg(socket(scratch, number));
+    instance(&mut command, args, scratch);
+    let mut child = command.stdout(Stdio::piped()).spawn().context("start the join")?;
+    let line = result_of(&mut child).await?;
+    let status = child.wait().await?;
+    let (true, Some(line)) = (status.success(), line) else {
+        anyhow::bail!("the join ended with {status}: {}", last_lines(&log));
+    };
+    let joined: Joined = serde_json::from_str(&line).context("read the join's result")?;
+    let verified_tensors = verify(number, &mut worker, scratch, expected).await?;
+    end(&mut worker).await;
+    Ok(Third {
+        p2p_transport: joined.p2p_transport,
+        sender_ranks: joined.sender_ranks,
+        load_metas_s: joined.load_metas_s,
+        update_s: joined.update_s.iter().sum(),
+        gib_per_s: joined.gib_per_s,
+        verified_tensors,
+    })
+}
+
+/// What both instances are told.
+fn instance(command: &mut Command, args: &DemoArgs, scratch: &Path) {
+    command.args(["--json", "--device", &args.device, "--worker-protocol", "native"]);
+    command.args(["--inference-parallel-size", "1", "--checkpoint-name", "demo", "--p2p-transport", "tcp"]);
+    command.arg("--token-file").arg(scratch.join(TOKEN_FILE));
+}
+
+/// The JSON that a command ends with; `None` if it wrote none.
+async fn result_of(child: &mut Child) -> anyhow::Result<Option<String>> {
+    // The pipe stays with the child: nobody that writes more finds it closed.
+    let Some(stdout) = child.stdout.as_mut() else { return Ok(None) };
+    let mut lines = BufReader::new(stdout).lines();
+    while let Some(line) = lines.next_line().await? {
+        if line.starts_with('{') {
+            return Ok(Some(line));
+        }
+    }
+    Ok(None)
 }
 
 /// What went wrong, as the process said it: its error lines, or else its last ones.
@@ -274,14 +360,24 @@ struct Held {
 }
 
 /// Compares what a worker holds with `expected`; the number of tensors, or the first difference.
-async fn verify(rank: u32, socket: &Path, expected: &HashMap<String, Held>) -> anyhow::Result<usize> {
-    let client = reqwest::Client::builder().unix_socket(socket).build().context("make an HTTP client")?;
+async fn verify(
+    number: u32,
+    worker: &mut Child,
+    scratch: &Path,
+    expected: &HashMap<String, Held>,
+) -> anyhow::Result<usize> {
+    if let Some(status) = worker.try_wait()? {
+        anyhow::bail!("worker {number} ended early, {status}: {}", last_lines(&worker_log(scratch, number)));
+    }
+    let socket = socket(scratch, number);
+    let client =
+        reqwest::Client::builder().unix_socket(socket.as_path()).build().context("make an HTTP client")?;
     let response = client.get("http://localhost/v1/tensors").send().await?.error_for_status()?;
     let held: Vec<Held> =
         serde_json::from_slice(&response.bytes().await?).context("read the worker's answer")?;
     let wrong = |tensor: &str, message: &str| {
         Error::new(ErrorKind::Corrupt, "verify the workers", message)
-            .with(Key::Worker, rank)
+            .with(Key::Worker, number)
             .with(Key::Tensor, tensor)
     };
     for tensor in &held {
@@ -305,11 +401,16 @@ async fn verify(rank: u32, socket: &Path, expected: &HashMap<String, Held>) -> a
     Ok(held.len())
 }
 
-/// Asks a worker to end; it is killed when dropped if it does not.
-async fn end(worker: &mut Child) {
-    // Its standard input is our pipe: closing it is the request.
-    drop(worker.stdin.take());
-    let _ = tokio::time::timeout(GRACE, worker.wait()).await;
+/// Asks a process to end; it is killed when dropped if it does not.
+async fn end(child: &mut Child) {
+    // A worker's standard input is our pipe: closing it is the request. Others take a signal.
+    if child.stdin.take().is_none()
+        && let Some(pid) = child.id().and_then(|id| Pid::from_raw(id.cast_signed()))
+    {
+        // It has not been waited for, so the number is still its own.
+        let _ = kill_process(pid, Signal::TERM);
+    }
+    let _ = tokio::time::timeout(GRACE, child.wait()).await;
 }
 
 fn print(summary: &Summary, context: &Context) {
@@ -344,6 +445,17 @@ fn print(summary: &Summary, context: &Context) {
         (
             "workers hold",
             format!("{} tensors, {verdict} ({:.3} s)", summary.verified_tensors, summary.verify_s),
+        ),
+        (
+            "a third joins",
+            format!(
+                "pulls from {} ranks over {}: {:.3} s, {:.2} GiB/s, {} tensors verified",
+                summary.joined.sender_ranks,
+                summary.joined.p2p_transport,
+                summary.joined.update_s,
+                summary.joined.gib_per_s,
+                summary.joined.verified_tensors
+            ),
         ),
     ];
     table.pairs(rows);
