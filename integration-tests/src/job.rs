@@ -188,6 +188,19 @@ impl Job {
         }
     }
 
+    /// Waits until a rank's engine takes part in no update.
+    pub async fn until_free(&self, rank: u32) {
+        let until = Instant::now() + LONG;
+        loop {
+            let state = http_get(&self.engine(rank), "/v1/state").await.json();
+            if state[0]["updating"] == false {
+                return;
+            }
+            assert!(Instant::now() < until, "rank {rank} never left its update: {state}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     /// Checks that a rank's engine holds exactly this checkpoint, byte for byte.
     pub async fn assert_holds(&self, rank: u32) {
         let held = http_get(&self.engine(rank), "/v1/tensors").await.json();

@@ -204,11 +204,11 @@ impl Case {
             }
             _ => drop(struck),
         }
-        let mut next = next_update(&job, RANKS, job.update(&[])).await;
-        if self.strike == Strike::Stop && next.contains("409") {
-            // The one that was woken was still leaving the failed update.
-            next = next_update(&job, RANKS, job.update(&[])).await;
+        // One that was woken has still to leave the failed update.
+        for rank in 0..RANKS {
+            job.until_free(rank).await;
         }
+        let next = next_update(&job, RANKS, job.update(&[])).await;
         drop(relay);
         let good = named && took < SOON && next == "ok";
         Row { case: self, took: Some(took), said, next, good }

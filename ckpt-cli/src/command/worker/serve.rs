@@ -277,6 +277,8 @@ struct DeviceState {
     updates: u64,
     /// The last update ended in the middle.
     mixed: bool,
+    /// An update is under way, or one that failed has not been left yet.
+    updating: bool,
     /// The engine was told not to generate.
     paused: bool,
     /// Updates that were begun while it was.
@@ -317,6 +319,7 @@ async fn state(State(engine): State<Arc<Engine>>) -> Response {
                 len_bytes: store.len_bytes(),
                 updates: store.updates(),
                 mixed: store.mixed(),
+                updating: engine.turn.available_permits() == 0,
                 paused: engine.paused.load(Ordering::Relaxed),
                 begun_paused: engine.begun_paused.load(Ordering::Relaxed),
                 digest: digest_of_all(&digests),
