@@ -6,12 +6,12 @@ use ckpt_core::{
     DType, Error, ErrorKind, Key, Rank,
     manifest::{Arena, Manifest, Tensor},
     plan::{
-        Bucket, Method, PlanError, PlanInput, PlanLimits, UpdatePlan, bucket_message, check,
+        Bucket, Method, PlanError, PlanInput, PlanLimits, UpdatePlan, bucket_message, check, check_coverage,
         check_interleaving, plan,
     },
     types::TensorMeta,
 };
-use plan_common::{GIB, MIB, arena, bytes_meta, manifest, plan_broadcast, plan_p2p};
+use plan_common::{GIB, KIB, MIB, arena, bytes_meta, manifest, plan_broadcast, plan_p2p};
 
 #[test]
 fn members_and_receivers_must_make_sense() {
@@ -223,4 +223,30 @@ fn owner_by_owner_breaks_the_interleaving_law() {
     let one_each = segments.into_iter().map(|s| Bucket { segments: vec![s], ..made.buckets[0].clone() });
     made.buckets = one_each.collect();
     assert!(check_interleaving(&made).unwrap_err().to_string().contains("owner 0 has"));
+}
+
+/// A tensor too few and one too many, with and without replicas, which are looked up by name.
+#[test]
+fn coverage_is_checked_before_the_first_byte() {
+    let names = |rank: Rank| (0..40).map(move |n| format!("layer.{rank}.{n}"));
+    for shared in [0, 3] {
+        let shares = (0..3).map(|rank| {
+            let common = (0..shared).map(|n| format!("shared.{n}"));
+            (rank, vec![arena(names(rank).chain(common).map(|name| bytes_meta(name, 64 * KIB)))])
+        });
+        let manifest = manifest(shares);
+        let plan = plan_broadcast(&manifest, &[0, 1, 2]).unwrap();
+        check_coverage(&plan, &manifest).unwrap();
+        let (mut fewer, mut twice) = (plan.clone(), plan.clone());
+        fewer.buckets[0].segments[0].tensors.end -= 1;
+        let said = check_coverage(&fewer, &manifest).unwrap_err().to_string();
+        assert!(said.contains("is never delivered"), "{said}");
+        let again = twice.buckets[0].segments[0].clone();
+        twice.buckets[0].segments.push(again);
+        let said = check_coverage(&twice, &manifest).unwrap_err().to_string();
+        assert!(said.contains("is delivered twice"), "{said}");
+        let mut unknown = plan;
+        unknown.buckets[0].segments[0].arena = 7;
+        assert!(check_coverage(&unknown, &manifest).is_err());
+    }
 }

@@ -2,9 +2,14 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
-use super::{Bucket, Segment, UpdatePlan, inventory::element_bytes};
+use twox_hash::XxHash3_64;
+
+use super::{
+    Bucket, Segment, UpdatePlan,
+    inventory::{element_bytes, sort_hashes},
+};
 use crate::{
-    manifest::Manifest,
+    manifest::{Manifest, Share, Tensor},
     types::{Rank, TENSOR_ALIGNMENT},
 };
 
@@ -56,14 +61,34 @@ pub fn check(plan: &UpdatePlan, manifest: &Manifest) -> Result<(), Violation> {
 /// The law that is checked in every update before the first byte moves: every tensor of the manifest is delivered
 /// exactly once.
 pub fn check_coverage(plan: &UpdatePlan, manifest: &Manifest) -> Result<(), Violation> {
+    let marks = |share: &Share| share.arenas.iter().map(|arena| vec![false; arena.tensors.len()]).collect();
+    let mut marked: BTreeMap<Rank, Vec<Vec<bool>>> =
+        manifest.shares.iter().map(|(rank, share)| (*rank, marks(share))).collect();
+    let mut hashes = Vec::with_capacity(marked.values().flatten().map(Vec::len).sum());
+    let all = hashes.capacity();
+    for segment in plan.buckets.iter().flat_map(|b| &b.segments) {
+        let listed = listed(segment, manifest)?;
+        let arena = marked.get_mut(&segment.owner).and_then(|s| s.get_mut(segment.arena as usize));
+        let marks = arena.into_iter().flatten().skip(segment.tensors.start as usize);
+        for (tensor, mark) in listed.iter().zip(marks) {
+            let name = &tensor.meta.name;
+            law!(!std::mem::replace(mark, true), "tensor {name:?} is delivered twice");
+            hashes.push(XxHash3_64::oneshot(name.as_bytes()));
+        }
+    }
+    let delivered = hashes.len();
+    sort_hashes(&mut hashes);
+    if delivered == all && hashes.windows(2).all(|pair| pair[0] != pair[1]) {
+        return Ok(());
+    }
+    // Several ranks hold the same names: looked up one by one, which costs more than the plan.
+    check_names(plan, manifest)
+}
+
+fn check_names(plan: &UpdatePlan, manifest: &Manifest) -> Result<(), Violation> {
     let mut delivered: HashSet<&str> = HashSet::new();
     for segment in plan.buckets.iter().flat_map(|b| &b.segments) {
-        let arena = manifest.shares.get(&segment.owner).and_then(|s| s.arenas.get(segment.arena as usize));
-        let range = segment.tensors.start as usize..segment.tensors.end as usize;
-        let Some(listed) = arena.and_then(|arena| arena.tensors.get(range)) else {
-            return Err(Violation(format!("a segment lists tensors that rank {} has not", segment.owner)));
-        };
-        for tensor in listed {
+        for tensor in listed(segment, manifest)? {
             let name = &tensor.meta.name;
             law!(delivered.insert(&**name), "tensor {name:?} is delivered twice");
         }
@@ -73,6 +98,14 @@ pub fn check_coverage(plan: &UpdatePlan, manifest: &Manifest) -> Result<(), Viol
         law!(delivered.contains(&**name), "tensor {name:?} of rank {rank} is never delivered");
     }
     Ok(())
+}
+
+fn listed<'m>(segment: &Segment, manifest: &'m Manifest) -> Result<&'m [Tensor], Violation> {
+    let arena = manifest.shares.get(&segment.owner).and_then(|s| s.arenas.get(segment.arena as usize));
+    let range = segment.tensors.start as usize..segment.tensors.end as usize;
+    arena
+        .and_then(|arena| arena.tensors.get(range))
+        .ok_or_else(|| Violation(format!("a segment lists tensors that rank {} has not", segment.owner)))
 }
 
 /// Sizes, places and roots of one bucket.

@@ -199,7 +199,7 @@ impl Inventory {
 
 /// Sorts words that are spread evenly over all values: dealt by their highest bits, then each small pile by itself.
 /// However unevenly they are spread, it takes no longer than one sort of them all.
-fn sort_hashes(words: &mut Vec<u64>) {
+pub(super) fn sort_hashes(words: &mut Vec<u64>) {
     // One or two words a pile; not less than one bit, since a shift by all 64 overflows.
     let bits = words.len().max(2).ilog2();
     let pile = |word: &u64| (word >> (u64::BITS - bits)) as usize;
