@@ -8,8 +8,9 @@ use std::{
 };
 
 use ckpt_core::control::Token;
-use integration_tests::{Job, LONG, Process, Program};
+use integration_tests::{Job, LONG, Process, Program, http_get};
 use rustix::process::Signal;
+use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
@@ -40,6 +41,26 @@ async fn fresh_engine(job: &Job, workers: &mut Vec<Process>) {
     old.signal(Signal::KILL);
     old.finish(LONG).await;
     workers.insert(0, job.worker(0, &[]).await);
+}
+
+/// Half of eight ranks pull; the others own half of the bytes, serve them, and their engines are left alone.
+#[tokio::test]
+async fn four_ranks_pull_from_all_eight() {
+    let job = Job::new(PROGRAM, 8, 16);
+    let _workers = job.workers(&[]).await;
+    let options =
+        ["--update-method", "p2p", "--ranks", "4-7", "--p2p-transport", "tcp", "--custom-dist", "gloo"];
+    for (rank, ended) in job.update(&options).finish(LONG).await {
+        let ended = ended.expect_code(0);
+        assert!(ended.stderr.contains("--custom-dist does nothing here"), "rank {rank}: {}", ended.stderr);
+    }
+    for rank in 4..8 {
+        job.assert_holds(rank).await;
+    }
+    for rank in 0..4 {
+        let state = http_get(&job.engine(rank), "/v1/state").await.json();
+        assert_eq!((&state[0]["updates"], &state[0]["tensors"]), (&json!(0), &json!(0)), "{state}");
+    }
 }
 
 #[tokio::test]
