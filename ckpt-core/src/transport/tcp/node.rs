@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     one_sided::{self, Pool},
-    socket,
+    socket::{self, Heard},
     wire::{Hello, Id, Purpose, Token, examine},
     write,
 };
@@ -63,6 +63,7 @@ pub(super) struct Node {
     pub(super) read_secret: [u8; 32],
     pub(super) regions: Arc<Regions>,
     pub(super) pool: Pool,
+    heard: Mutex<HashMap<SocketAddr, Arc<Heard>>>,
     job_secret: Vec<u8>,
     routes: Mutex<Routes>,
 }
@@ -98,6 +99,7 @@ impl Node {
             read_secret: random()?,
             regions: Arc::default(),
             pool: Pool::default(),
+            heard: Mutex::default(),
             job_secret: config.secret.clone(),
             routes: Mutex::default(),
         });
@@ -108,6 +110,13 @@ impl Node {
     fn lock(&self) -> MutexGuard<'_, Routes> {
         // Nothing that can panic runs under this lock.
         self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// When this peer was last heard.
+    pub(super) fn heard(&self, peer: SocketAddr) -> Arc<Heard> {
+        // Nothing that can panic runs under this lock.
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.entry(peer).or_insert_with(|| Arc::new(Heard::new())).clone()
     }
 
     /// The key of a connection: what was handed out with the token or descriptor, and the job's secret.

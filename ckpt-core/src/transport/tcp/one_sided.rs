@@ -20,7 +20,7 @@ use tokio::{net::TcpStream, task::JoinSet};
 use super::{
     TcpTransport,
     node::Node,
-    socket::{dial, is_idle, read_exact, read_owed, write_all},
+    socket::{Heard, dial, is_idle, read_exact, write_all},
     wire::{Hello, Id, Purpose, RangeRequest, broken, decode, encode, introduce},
 };
 use crate::{
@@ -272,6 +272,7 @@ async fn move_share(
     share: Vec<Piece>,
 ) -> Result<()> {
     let line = (address, descriptor.id, way);
+    let heard = node.heard(address);
     let stream = match node.pool.take(&line) {
         Some(stream) => stream,
         None => {
@@ -281,15 +282,14 @@ async fn move_share(
                 let purpose = if way == Way::Read { Purpose::Read } else { Purpose::Write };
                 let hello = Hello { id: descriptor.id, rank, world_size, epoch, purpose };
                 introduce(&stream, &node.key(&descriptor.secret), &hello).await?;
-                Ok(stream)
+                Ok::<_, Error>(stream)
             };
-            let silent = |_| Err(lost(way, io::ErrorKind::TimedOut.into()));
-            tokio::time::timeout(SILENCE, meet).await.unwrap_or_else(silent)?
+            heard.unless_silent(SILENCE, async { Ok(meet.await) }).await.map_err(|e| lost(way, e))??
         }
     };
     match way {
-        Way::Read => read(&stream, &share).await?,
-        Way::Write => super::write::write(&stream, &share).await?,
+        Way::Read => read(&stream, &share, &heard).await?,
+        Way::Write => super::write::write(&stream, &share, &heard).await?,
     }
     node.pool.give(line, stream);
     Ok(())
@@ -304,22 +304,22 @@ fn lost(way: Way, error: io::Error) -> Error {
     Error::new(ErrorKind::PeerLost, way.operation(), text)
 }
 
-async fn read(stream: &TcpStream, share: &[Piece]) -> Result<()> {
+async fn read(stream: &TcpStream, share: &[Piece], heard: &Heard) -> Result<()> {
     let ask = async {
         let requests: Vec<u8> = share.iter().flat_map(|piece| piece.request.encode()).collect();
         write_all(stream, &requests, &[]).await.map_err(broken)
     };
     let take = async {
         for piece in share {
-            take_piece(stream, piece).await?;
+            take_piece(stream, piece, heard).await?;
         }
         Ok(())
     };
     try_join(ask, take).await.map(drop)
 }
 
-async fn take_piece(stream: &TcpStream, piece: &Piece) -> Result<()> {
-    let answer = take_answer(Way::Read, stream).await?;
+async fn take_piece(stream: &TcpStream, piece: &Piece, heard: &Heard) -> Result<()> {
+    let answer = take_answer(Way::Read, stream, heard).await?;
     if answer != piece.memory.len_bytes() {
         return Err(Error::new(
             ErrorKind::Corrupt,
@@ -331,17 +331,17 @@ async fn take_piece(stream: &TcpStream, piece: &Piece) -> Result<()> {
     // keeps the memory mapped.
     let bytes = unsafe { piece.memory.as_mut_slice() }?;
     let lost = |error| lost(Way::Read, error);
-    read_owed(stream, bytes, SILENCE).await.map_err(lost)?;
+    heard.read(stream, bytes, SILENCE).await.map_err(lost)?;
     let mut live = [0];
-    read_owed(stream, &mut live, SILENCE).await.map_err(lost)?;
+    heard.read(stream, &mut live, SILENCE).await.map_err(lost)?;
     if live == [1] { Ok(()) } else { Err(stale(Way::Read, piece.request.generation)) }
 }
 
 /// The length in an answer that says that all is well, or the owner's error.
-pub(super) async fn take_answer(way: Way, stream: &TcpStream) -> Result<u64> {
+pub(super) async fn take_answer(way: Way, stream: &TcpStream, heard: &Heard) -> Result<u64> {
     let lost = |error| lost(way, error);
     let mut head = [0; ANSWER_BYTES];
-    read_owed(stream, &mut head, SILENCE).await.map_err(lost)?;
+    heard.read(stream, &mut head, SILENCE).await.map_err(lost)?;
     let word = |range: std::ops::Range<usize>| {
         let mut le = [0; 8];
         le.copy_from_slice(&head[range]);
@@ -353,7 +353,7 @@ pub(super) async fn take_answer(way: Way, stream: &TcpStream) -> Result<u64> {
     }
     if status == FAILED && len <= ERROR_LIMIT {
         let mut text = vec![0; len as usize];
-        read_owed(stream, &mut text, SILENCE).await.map_err(lost)?;
+        heard.read(stream, &mut text, SILENCE).await.map_err(lost)?;
         return Err(decode::<Error>(&text)?);
     }
     Err(Error::new(ErrorKind::Corrupt, way.operation(), "the owner's answer does not fit the request"))

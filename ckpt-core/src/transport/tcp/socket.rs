@@ -3,7 +3,8 @@
 use std::{
     io::{self, IoSlice},
     net::SocketAddr,
-    time::Duration,
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, Instant},
 };
 
 use socket2::{SockRef, TcpKeepalive};
@@ -79,18 +80,65 @@ pub(super) async fn read_exact(stream: &TcpStream, mut bytes: &mut [u8]) -> io::
     Ok(())
 }
 
-/// The same from a peer that owes these bytes: an error once it sends nothing for `silence`. A process that was stopped
-/// keeps its connections, and its kernel answers for it.
-pub(super) async fn read_owed(stream: &TcpStream, mut bytes: &mut [u8], silence: Duration) -> io::Result<()> {
-    while !bytes.is_empty() {
-        let (now, later) = bytes.split_at_mut(bytes.len().min(CALL_BYTES));
-        match tokio::time::timeout(silence, read_exact(stream, now)).await {
-            Ok(read) => read?,
-            Err(_) => return Err(io::ErrorKind::TimedOut.into()),
-        }
-        bytes = later;
+/// When a peer was last heard, over whichever connection: on a slow link one may wait long behind the others.
+#[derive(Debug)]
+pub(super) struct Heard {
+    start: Instant,
+    /// Milliseconds after `start`.
+    last: AtomicU64,
+}
+
+impl Heard {
+    pub(super) fn new() -> Self {
+        Self { start: Instant::now(), last: AtomicU64::new(0) }
     }
-    Ok(())
+
+    fn now(&self) {
+        self.last.fetch_max(self.start.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// Runs `work` until the peer has been silent for `silence`, here and elsewhere.
+    pub(super) async fn unless_silent<T>(
+        &self,
+        silence: Duration,
+        work: impl Future<Output = io::Result<T>>,
+    ) -> io::Result<T> {
+        let (mut work, begun) = (std::pin::pin!(work), Instant::now());
+        loop {
+            let last = self.start + Duration::from_millis(self.last.load(Ordering::Relaxed));
+            let until = last.max(begun) + silence;
+            match tokio::time::timeout_at(until.into(), &mut work).await {
+                Ok(done) => return done,
+                Err(_) if self.start + Duration::from_millis(self.last.load(Ordering::Relaxed)) > last => {}
+                Err(_) => return Err(io::ErrorKind::TimedOut.into()),
+            }
+        }
+    }
+
+    /// Fills `bytes` from a peer that owes them. A process that was stopped keeps its connections, and its kernel answers
+    /// for it: it is given up once it has sent nothing for `silence`.
+    pub(super) async fn read(
+        &self,
+        stream: &TcpStream,
+        mut bytes: &mut [u8],
+        silence: Duration,
+    ) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let len = bytes.len().min(CALL_BYTES);
+            match stream.try_read(&mut bytes[..len]) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => {
+                    self.now();
+                    bytes = &mut bytes[n..];
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.unless_silent(silence, stream.readable()).await?;
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Writes `head`, then `body`.

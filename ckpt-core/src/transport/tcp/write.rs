@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use super::{
     node::Node,
     one_sided::{FINE, IDLE_TIME, PIECE_BYTES, PIECE_TIME, Piece, answer_head, refuse, take_answer},
-    socket::{read_exact, write_all},
+    socket::{Heard, read_exact, write_all},
     wire::{RangeRequest, broken},
 };
 use crate::{
@@ -61,7 +61,7 @@ async fn take(node: &Node, stream: &TcpStream, request: RangeRequest, chunk: &mu
 }
 
 /// The writer's half: all pieces, and the answers meanwhile.
-pub(super) async fn write(stream: &TcpStream, share: &[Piece]) -> Result<()> {
+pub(super) async fn write(stream: &TcpStream, share: &[Piece], heard: &Heard) -> Result<()> {
     let bring = async {
         for piece in share {
             // SAFETY: the source belongs to this write until its event has completed, and `piece` keeps it mapped.
@@ -72,7 +72,7 @@ pub(super) async fn write(stream: &TcpStream, share: &[Piece]) -> Result<()> {
     };
     let hear = async {
         for piece in share {
-            if take_answer(Way::Write, stream).await? != piece.memory.len_bytes() {
+            if take_answer(Way::Write, stream, heard).await? != piece.memory.len_bytes() {
                 return Err(Error::new(
                     ErrorKind::Corrupt,
                     Way::Write.operation(),
