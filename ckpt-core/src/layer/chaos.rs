@@ -282,66 +282,68 @@ impl OneSided for Chaos {
 
     fn post_read(&self, batch: Vec<ReadOp>, deadline: Instant) -> Result<Event> {
         const OPERATION: &str = "read remote memory";
-        let inner = self.inner.clone();
-        match self.fates.next() {
-            Fate::Pass => one_sided(&*inner)?.post_read(batch, deadline),
-            Fate::Cut => later::spawn(OPERATION, async { Err(cut(OPERATION)) }),
-            Fate::Drop => later::spawn(OPERATION, async move {
-                // The memory is owned until the batch is retired, as by a transport that waits.
-                let _batch = batch;
-                tokio::time::sleep_until(deadline.into()).await;
-                Err(Error::new(ErrorKind::Timeout, OPERATION, "the bytes did not arrive by the deadline"))
-            }),
-            Fate::Delay(by) => later::spawn(OPERATION, async move {
-                tokio::time::sleep_until((Instant::now() + by).min(deadline).into()).await;
-                let event = one_sided(&*inner)?.post_read(batch, deadline)?;
-                event.done(deadline).await
-            }),
-            Fate::Corrupt(garbage) => {
-                let victim = batch.iter().map(|op| &op.into).find(|into| into.len_bytes() > 0).cloned();
-                let event = one_sided(&*inner)?.post_read(batch, deadline)?;
-                let Some(victim) = victim else { return Ok(event) };
-                let (garbage, place) = damage(&garbage, &victim)?;
-                later::spawn(OPERATION, async move {
-                    event.done(deadline).await?;
-                    host::copy_bytes(&garbage, &place)
-                })
-            }
-        }
+        let post = |facet: &dyn OneSided, batch, deadline| facet.post_read(batch, deadline);
+        let corrupt = |facet: &dyn OneSided, batch: Vec<ReadOp>, deadline, garbage: &[u8]| {
+            let victim = batch.iter().map(|op| &op.into).find(|into| into.len_bytes() > 0).cloned();
+            let event = facet.post_read(batch, deadline)?;
+            let Some(victim) = victim else { return Ok(event) };
+            let (garbage, place) = damage(garbage, &victim)?;
+            later::spawn(OPERATION, async move {
+                event.done(deadline).await?;
+                host::copy_bytes(&garbage, &place)
+            })
+        };
+        self.post(OPERATION, batch, deadline, post, corrupt)
     }
 
     async fn register_writable(&self, buffer: Arc<dyn Buffer>) -> Result<Arc<dyn Registration>> {
         one_sided(&*self.inner)?.register_writable(buffer).await
     }
 
-    fn post_write(&self, mut batch: Vec<WriteOp>, deadline: Instant) -> Result<Event> {
-        const OPERATION: &str = "write remote memory";
+    fn post_write(&self, batch: Vec<WriteOp>, deadline: Instant) -> Result<Event> {
+        let post = |facet: &dyn OneSided, batch, deadline| facet.post_write(batch, deadline);
+        let corrupt = |facet: &dyn OneSided, mut batch: Vec<WriteOp>, deadline, garbage: &[u8]| {
+            // The caller's own memory stays as it is: the first bytes of one write come from elsewhere.
+            if let Some(victim) = batch.iter_mut().find(|op| op.from.len_bytes() > 0) {
+                let (garbage, place) = damage(garbage, &victim.from)?;
+                let mut damaged = victim.clone();
+                victim.offset += place.len_bytes();
+                victim.from = victim.from.slice(place.len_bytes()..victim.from.len_bytes())?;
+                damaged.from = garbage;
+                batch.push(damaged);
+            }
+            facet.post_write(batch, deadline)
+        };
+        self.post("write remote memory", batch, deadline, post, corrupt)
+    }
+}
+
+impl Chaos {
+    /// Posts a batch as fate will have it; only how bytes are damaged depends on the way that they go.
+    fn post<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        batch: Vec<T>,
+        deadline: Instant,
+        post: fn(&dyn OneSided, Vec<T>, Instant) -> Result<Event>,
+        corrupt: impl FnOnce(&dyn OneSided, Vec<T>, Instant, &[u8]) -> Result<Event>,
+    ) -> Result<Event> {
         let inner = self.inner.clone();
         match self.fates.next() {
-            Fate::Pass => one_sided(&*inner)?.post_write(batch, deadline),
-            Fate::Cut => later::spawn(OPERATION, async { Err(cut(OPERATION)) }),
-            Fate::Drop => later::spawn(OPERATION, async move {
+            Fate::Pass => post(one_sided(&*inner)?, batch, deadline),
+            Fate::Cut => later::spawn(operation, async move { Err(cut(operation)) }),
+            Fate::Drop => later::spawn(operation, async move {
+                // The memory is owned until the batch is retired, as by a transport that waits.
                 let _batch = batch;
                 tokio::time::sleep_until(deadline.into()).await;
-                Err(Error::new(ErrorKind::Timeout, OPERATION, "the bytes did not arrive by the deadline"))
+                Err(Error::new(ErrorKind::Timeout, operation, "the bytes did not arrive by the deadline"))
             }),
-            Fate::Delay(by) => later::spawn(OPERATION, async move {
+            Fate::Delay(by) => later::spawn(operation, async move {
                 tokio::time::sleep_until((Instant::now() + by).min(deadline).into()).await;
-                let event = one_sided(&*inner)?.post_write(batch, deadline)?;
+                let event = post(one_sided(&*inner)?, batch, deadline)?;
                 event.done(deadline).await
             }),
-            Fate::Corrupt(garbage) => {
-                // The caller's own memory stays as it is: the first bytes of one write come from elsewhere.
-                if let Some(victim) = batch.iter_mut().find(|op| op.from.len_bytes() > 0) {
-                    let (garbage, place) = damage(&garbage, &victim.from)?;
-                    let mut damaged = victim.clone();
-                    victim.offset += place.len_bytes();
-                    victim.from = victim.from.slice(place.len_bytes()..victim.from.len_bytes())?;
-                    damaged.from = garbage;
-                    batch.push(damaged);
-                }
-                one_sided(&*inner)?.post_write(batch, deadline)
-            }
+            Fate::Corrupt(garbage) => corrupt(one_sided(&*inner)?, batch, deadline, &garbage),
         }
     }
 }
