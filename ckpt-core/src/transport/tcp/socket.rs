@@ -67,13 +67,26 @@ pub(super) async fn dial(address: SocketAddr) -> Result<TcpStream> {
 }
 
 /// Fills `bytes`. A shared reference is enough: one reader and one writer may use a socket at once.
-pub(super) async fn read_exact(stream: &TcpStream, mut bytes: &mut [u8]) -> io::Result<()> {
+pub(super) async fn read_exact(stream: &TcpStream, bytes: &mut [u8]) -> io::Result<()> {
+    fill(stream, bytes, None).await
+}
+
+/// The same; `owed` says who is to be heard, and how long it may be silent.
+async fn fill(stream: &TcpStream, mut bytes: &mut [u8], owed: Option<(&Heard, Duration)>) -> io::Result<()> {
     while !bytes.is_empty() {
         let len = bytes.len().min(CALL_BYTES);
         match stream.try_read(&mut bytes[..len]) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(n) => bytes = &mut bytes[n..],
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => stream.readable().await?,
+            Ok(n) => {
+                bytes = &mut bytes[n..];
+                if let Some((heard, _)) = owed {
+                    heard.now();
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => match owed {
+                None => stream.readable().await?,
+                Some((heard, silence)) => heard.unless_silent(silence, stream.readable()).await?,
+            },
             Err(e) => return Err(e),
         }
     }
@@ -120,24 +133,10 @@ impl Heard {
     pub(super) async fn read(
         &self,
         stream: &TcpStream,
-        mut bytes: &mut [u8],
+        bytes: &mut [u8],
         silence: Duration,
     ) -> io::Result<()> {
-        while !bytes.is_empty() {
-            let len = bytes.len().min(CALL_BYTES);
-            match stream.try_read(&mut bytes[..len]) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(n) => {
-                    self.now();
-                    bytes = &mut bytes[n..];
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    self.unless_silent(silence, stream.readable()).await?;
-                }
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(())
+        fill(stream, bytes, Some((self, silence))).await
     }
 }
 
