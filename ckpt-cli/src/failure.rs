@@ -2,27 +2,11 @@
 
 use std::{collections::BTreeMap, io::Write, process::ExitCode};
 
-use ckpt_core::{Error, ErrorKind, Key};
+use ckpt_core::{Error, ErrorKind};
 use clap::error::ErrorKind as ClapKind;
 use serde::Serialize;
 
 use crate::{exit::Exit, output::Output};
-
-const KEYS: [Key; 13] = [
-    Key::Rank,
-    Key::Peer,
-    Key::Host,
-    Key::Pid,
-    Key::Worker,
-    Key::Device,
-    Key::Bucket,
-    Key::Tensor,
-    Key::Hca,
-    Key::Port,
-    Key::Path,
-    Key::Endpoint,
-    Key::Code,
-];
 
 #[derive(Serialize)]
 struct Failure<'a> {
@@ -41,7 +25,7 @@ pub(crate) fn report(error: &anyhow::Error, output: &Output) -> ExitCode {
             kind: error.kind(),
             operation: error.operation(),
             message: text.clone(),
-            context: KEYS.iter().filter_map(|key| Some((key.as_str(), error.get(*key)?))).collect(),
+            context: error.context().map(|(key, value)| (key.as_str(), value)).collect(),
         },
         None => Failure {
             kind: ErrorKind::Backend,
@@ -155,6 +139,8 @@ fn usage_line(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use anyhow::Context as _;
+
+    use ckpt_core::Key;
 
     use super::*;
 

@@ -178,6 +178,11 @@ impl Error {
         self.context.iter().find(|(k, _)| *k == key).map(|(_, v)| v.as_str())
     }
 
+    /// All that it names, each key once.
+    pub fn context(&self) -> impl Iterator<Item = (Key, &str)> {
+        self.context.iter().map(|(key, value)| (*key, value.as_str()))
+    }
+
     /// The same error fit for a wire: causes that are not serializable become text.
     pub fn flattened(&self) -> Self {
         let mut flat = self.clone();

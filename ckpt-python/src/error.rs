@@ -1,6 +1,6 @@
 //! Errors of both languages, each as the other sees them.
 
-use ckpt_core::{ErrorKind, Key, Recovery};
+use ckpt_core::{ErrorKind, Recovery};
 use pyo3::{create_exception, exceptions::PyRuntimeError, prelude::*, types::PyDict};
 
 create_exception!(
@@ -27,32 +27,14 @@ fn kind_word(kind: ErrorKind) -> &'static str {
     }
 }
 
-const KEYS: [Key; 13] = [
-    Key::Rank,
-    Key::Peer,
-    Key::Host,
-    Key::Pid,
-    Key::Worker,
-    Key::Device,
-    Key::Bucket,
-    Key::Tensor,
-    Key::Hca,
-    Key::Port,
-    Key::Path,
-    Key::Endpoint,
-    Key::Code,
-];
-
 /// The exception for an error.
 pub(crate) fn to_python(py: Python<'_>, error: &ckpt_core::Error) -> PyErr {
     let raised = Error::new_err(error.to_string());
     let fill = || {
         let value = raised.value(py);
         let context = PyDict::new(py);
-        for key in KEYS {
-            if let Some(culprit) = error.get(key) {
-                context.set_item(key.as_str(), culprit)?;
-            }
+        for (key, culprit) in error.context() {
+            context.set_item(key.as_str(), culprit)?;
         }
         let recovery = match error.recovery() {
             Recovery::Retry => "retry",
