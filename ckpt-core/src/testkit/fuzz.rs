@@ -15,7 +15,7 @@ use crate::{
     metas::{Metas, decode_layout},
     predict::Cluster,
     sink::{checkpoint_engine::read_reply, zmtp::Replier},
-    topology::HcaFilter,
+    topology::{HcaFilter, npu_chip_index},
     transport::tcp::wire as tcp,
     worker::wire,
 };
@@ -35,6 +35,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("zmtp", zmtp),
     ("tcp_frames", tcp_frames),
     ("hca_strings", hca_strings),
+    ("npu_smi", npu_smi),
     ("engine_templates", engine_templates),
     ("cluster_files", cluster_files),
 ];
@@ -162,6 +163,18 @@ fn hca_strings(data: &[u8]) {
     if let Ok(filter) = text.parse::<HcaFilter>() {
         let shown = filter.to_string();
         assert_eq!(shown.parse().ok(), Some(filter), "`{text}` is shown as `{shown}`");
+    }
+}
+
+/// The first line is the process, as its caller knows it.
+fn npu_smi(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let Some((pid, printed)) = text.split_once('\n') else { return };
+    let Ok(pid) = pid.parse::<u32>() else { return };
+    for npu in [0, 7] {
+        if npu_chip_index(npu, pid, printed).is_some() {
+            assert!(printed.contains(&pid.to_string()), "a process that is not listed has a chip");
+        }
     }
 }
 

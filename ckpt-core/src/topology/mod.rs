@@ -2,6 +2,7 @@
 
 mod choose;
 mod nccl_ib_hca;
+mod npu_smi;
 pub mod numa;
 mod record;
 mod select;
@@ -9,6 +10,7 @@ mod sysfs;
 
 pub use choose::{Choice, choose, devices_of_rank, distance, refusal};
 pub use nccl_ib_hca::{HcaFilter, HcaToken, ParseHcaFilterError};
+pub use npu_smi::npu_chip_index;
 pub use record::{record, unpack};
 pub use select::{
     Accelerators, HcaPort, LinkLayer, MAX_HCA_PORTS, PortState, choose_ports, parse_device_list,
