@@ -1,7 +1,7 @@
 //! A reader's connection to one owner: its lanes, and the TCP connection beside them.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, AtomicUsize, Ordering},
@@ -9,6 +9,7 @@ use std::{
 };
 
 use ckpt_core::{Error, ErrorKind, Key, Result};
+use smallvec::SmallVec;
 use tokio::{
     net::{
         TcpStream,
@@ -20,7 +21,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    lane::{Lane, Piece},
+    lane::Lane,
     memory::Claim,
     nic::Nic,
     node::{Node, Peer},
@@ -140,20 +141,13 @@ impl Connection {
     }
 
     /// The lanes that still work, beginning with another one each time.
-    pub(crate) fn open_lanes(&self) -> Vec<&Arc<Lane>> {
-        let mut lanes: Vec<&Arc<Lane>> = self.lanes.iter().filter(|lane| lane.is_open()).collect();
+    pub(crate) fn open_lanes(&self) -> SmallVec<[&Arc<Lane>; 4]> {
+        let mut lanes: SmallVec<[&Arc<Lane>; 4]> = self.lanes.iter().filter(|lane| lane.is_open()).collect();
         if !lanes.is_empty() {
             let turn = self.turn.fetch_add(1, Ordering::Relaxed) % lanes.len();
             lanes.rotate_left(turn);
         }
         lanes
-    }
-
-    /// Puts pieces on their lanes.
-    pub(crate) fn submit(&self, shares: Vec<(&Arc<Lane>, Vec<Piece>)>) {
-        for (lane, pieces) in shares {
-            lane.submit(pieces);
-        }
     }
 
     /// Polls for whoever waits.
@@ -208,14 +202,14 @@ impl Drop for Whole<'_> {
 
 /// What the owner has said of its regions: how far each reaches, by generation, address, and whether it may be written.
 #[derive(Default)]
-struct Known(Mutex<HashMap<(u64, u64, bool), u64>>);
+struct Known(Mutex<BTreeMap<(u64, u64, bool), u64>>);
 
 fn key_of(claim: &Claim) -> (u64, u64, bool) {
     (claim.generation, claim.address, claim.write)
 }
 
 impl Known {
-    fn lock(&self) -> MutexGuard<'_, HashMap<(u64, u64, bool), u64>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<(u64, u64, bool), u64>> {
         // Each change under this lock is one call.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

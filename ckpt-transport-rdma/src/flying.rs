@@ -1,5 +1,5 @@
-//! The event of a batch that went to the devices at once. Nothing runs for it but the devices, until somebody waits
-//! longer than a small batch takes, or something fails: then a task takes it over.
+//! The event of a batch that went to the devices at once. Nothing runs for it but the devices and who waits for it, until
+//! something fails: then a task takes it over.
 
 use std::{
     any::Any,
@@ -85,6 +85,25 @@ impl Flying {
         }
     }
 
+    /// Polls for a short while; whether all has arrived.
+    fn arrives_soon(&self) -> bool {
+        /// Looks for each look at the clock, which may cost more than they do.
+        const LOOKS: u32 = 16;
+        let until = Instant::now() + POLLED_TIME;
+        loop {
+            for _ in 0..LOOKS {
+                self.connection.help();
+                match self.batch.arrived() {
+                    Ok(arrived) if !arrived => std::hint::spin_loop(),
+                    outcome => return outcome.is_ok(),
+                }
+            }
+            if Instant::now() >= until {
+                return false;
+            }
+        }
+    }
+
     fn look(&self) -> Result<bool> {
         if let Some(outcome) = self.completion.outcome.get() {
             return outcome.clone().map(|()| true);
@@ -106,15 +125,19 @@ impl EventState for Flying {
     }
 
     async fn done(&self, deadline: Instant) -> Result<()> {
-        let until = Instant::now() + if self.small { POLLED_TIME } else { Duration::ZERO };
-        loop {
-            if self.look()? {
-                return Ok(());
+        if self.look()? || self.small && self.arrives_soon() {
+            return Ok(());
+        }
+        self.connection.attend();
+        let waited = async {
+            tokio::select! {
+                biased;
+                arrived = self.batch.decided() => arrived,
+                () = self.connection.lost.cancelled() => false,
             }
-            if Instant::now() >= until {
-                break;
-            }
-            std::hint::spin_loop();
+        };
+        if let Ok(true) = tokio::time::timeout_at(self.deadline.min(deadline).into(), waited).await {
+            return Ok(());
         }
         self.attend();
         self.completion.done(deadline).await

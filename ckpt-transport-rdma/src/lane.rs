@@ -77,8 +77,9 @@ impl Batch {
     fn finish(&self, failure: Option<Failure>) {
         let mut state = self.lock();
         state.left -= 1;
+        let failed = failure.is_some();
         state.failures.extend(failure);
-        if state.left == 0 {
+        if state.left == 0 || failed {
             drop(state);
             self.done.notify_waiters();
         }
@@ -88,6 +89,18 @@ impl Batch {
     pub(crate) fn arrived(&self) -> Result<bool, ()> {
         let state = self.lock();
         if state.failures.is_empty() { Ok(state.left == 0) } else { Err(()) }
+    }
+
+    /// Waits until all pieces have arrived (`true`), or one has failed.
+    pub(crate) async fn decided(&self) -> bool {
+        loop {
+            let mut notified = std::pin::pin!(self.done.notified());
+            notified.as_mut().enable();
+            match self.arrived() {
+                Ok(false) => notified.await,
+                outcome => return outcome.is_ok(),
+            }
+        }
     }
 
     /// Waits until no piece is on a device any more; answers those that failed.
@@ -151,9 +164,9 @@ impl Lane {
     }
 
     /// Posts `pieces`, or keeps them until slots are free.
-    pub(crate) fn submit(&self, pieces: Vec<Piece>) {
+    pub(crate) fn submit(&self, pieces: impl Iterator<Item = Piece>) {
         let mut queue = self.lock();
-        let refused: Vec<Piece> = pieces.into_iter().filter_map(|piece| queue.push(piece).err()).collect();
+        let refused: Vec<Piece> = pieces.filter_map(|piece| queue.push(piece).err()).collect();
         self.pump(&mut queue);
         drop(queue);
         self.settle(refused, Some(&FLUSHED));

@@ -11,6 +11,7 @@ use ckpt_core::{
     device::{Buffer, BufferSlice},
     transport::{Transfer, Way},
 };
+use smallvec::{SmallVec, smallvec};
 
 use crate::{
     connection::Connection,
@@ -36,13 +37,15 @@ struct Part {
     descriptor: Arc<Descriptor>,
 }
 
+type Parts = SmallVec<[Part; 1]>;
+
 /// What is on a device now.
 type Current = Mutex<Option<(Arc<Connection>, Arc<Batch>)>>;
 
 /// A batch with one owner.
 pub(crate) struct Job {
     pub(crate) way: Way,
-    pub(crate) transfers: Vec<(Transfer, Arc<Descriptor>)>,
+    pub(crate) transfers: SmallVec<[(Transfer, Arc<Descriptor>); 1]>,
 }
 
 /// Moves the bytes. When it returns, no device touches this side's memory any more.
@@ -57,14 +60,14 @@ pub(crate) async fn run(node: &Arc<Node>, peer: Peer, job: Job, deadline: Instan
 pub(crate) struct Flight {
     pub(crate) connection: Arc<Connection>,
     pub(crate) batch: Arc<Batch>,
-    parts: Vec<Part>,
+    parts: Parts,
 }
 
 /// Posts the batch if nothing has to be waited for before: connected, registered, and known to the owner.
 pub(crate) fn post_now(node: &Arc<Node>, peer: Peer, job: &Job) -> Option<Flight> {
     let connection = node.connected(peer).filter(|connection| connection.knows(&claims(job)))?;
     let registered = |buffer: &Arc<dyn Buffer>| node.local.get_now(buffer);
-    let mut parts = Vec::new();
+    let mut parts = Parts::new();
     for (transfer, descriptor) in &job.transfers {
         if transfer.memory.len_bytes() > 0 {
             cut(transfer, descriptor, &registered(transfer.memory.buffer())?, &mut parts).ok()?;
@@ -203,8 +206,7 @@ async fn attempts(
                 describe(operation, failure, lane, descriptor)
             });
         }
-        let failed: Vec<Part> =
-            failures.iter().filter_map(|failure| parts.get(failure.index).cloned()).collect();
+        let failed: Parts = failures.iter().filter_map(|failure| parts.get(failure.index).cloned()).collect();
         parts = failed;
     }
     Err(last.unwrap_or_else(|| Error::new(ErrorKind::PeerLost, operation, "every lane to the owner failed")))
@@ -215,18 +217,27 @@ fn is_flush(failure: &Failure) -> bool {
 }
 
 /// What the owner is asked for each region.
-fn claims(job: &Job) -> Vec<Claim> {
-    let mut ends: BTreeMap<(u64, u64), u64> = BTreeMap::new();
-    for (transfer, _) in &job.transfers {
-        let end = ends.entry((transfer.region.generation, transfer.region.address)).or_default();
-        *end = (*end).max(transfer.offset + transfer.memory.len_bytes());
-    }
+fn claims(job: &Job) -> SmallVec<[Claim; 1]> {
     let write = job.way == Way::Write;
-    ends.into_iter().map(|((generation, address), end)| Claim { generation, address, end, write }).collect()
+    let claim = |transfer: &Transfer| Claim {
+        generation: transfer.region.generation,
+        address: transfer.region.address,
+        end: transfer.offset + transfer.memory.len_bytes(),
+        write,
+    };
+    if let [(transfer, _)] = &job.transfers[..] {
+        return smallvec![claim(transfer)];
+    }
+    let mut furthest: BTreeMap<(u64, u64), Claim> = BTreeMap::new();
+    for claim in job.transfers.iter().map(|(transfer, _)| claim(transfer)) {
+        let known = furthest.entry((claim.generation, claim.address)).or_insert(claim);
+        known.end = known.end.max(claim.end);
+    }
+    furthest.into_values().collect()
 }
 
-async fn parts(node: &Arc<Node>, job: &Job) -> Result<Vec<Part>> {
-    let mut parts = Vec::new();
+async fn parts(node: &Arc<Node>, job: &Job) -> Result<Parts> {
+    let mut parts = Parts::new();
     for (transfer, descriptor) in &job.transfers {
         if transfer.memory.len_bytes() > 0 {
             let registered = node.local.get(&node.nics, transfer.memory.buffer()).await?;
@@ -240,7 +251,7 @@ fn cut(
     transfer: &Transfer,
     descriptor: &Arc<Descriptor>,
     registered: &Arc<MrSet>,
-    parts: &mut Vec<Part>,
+    parts: &mut Parts,
 ) -> Result<()> {
     let (mut start, len) = (0, transfer.memory.len_bytes());
     while start < len {
@@ -263,12 +274,9 @@ fn post(connection: &Arc<Connection>, way: Way, parts: &[Part]) -> Option<Arc<Ba
         return None;
     }
     let batch = Batch::new(parts.len());
-    let mut shares: Vec<(&Arc<Lane>, Vec<Piece>)> =
-        lanes.into_iter().map(|lane| (lane, Vec::new())).collect();
-    let count = shares.len();
-    for (index, part) in parts.iter().enumerate() {
-        let (lane, pieces) = &mut shares[index % count];
-        pieces.push(Piece {
+    // Parts go to the lanes in turn; each lane is handed all of its own at once.
+    for (first, lane) in lanes.iter().enumerate().take(parts.len()) {
+        lane.submit(parts.iter().enumerate().skip(first).step_by(lanes.len()).map(|(index, part)| Piece {
             batch: batch.clone(),
             index,
             way,
@@ -277,9 +285,8 @@ fn post(connection: &Arc<Connection>, way: Way, parts: &[Part]) -> Option<Arc<Ba
             remote_address: part.remote_address,
             // A descriptor with too few keys is refused before.
             remote_key: part.descriptor.keys.get(lane.remote_nic).copied().unwrap_or(0),
-        });
+        }));
     }
-    connection.submit(shares);
     Some(batch)
 }
 

@@ -1,7 +1,7 @@
 //! One port of one device: its protection domain, its completion queue, and the thread that polls it.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashSet},
     io::{Read, Write},
     os::{fd::AsRawFd, unix::net::UnixStream},
     sync::{
@@ -63,7 +63,8 @@ pub(crate) struct Nic {
     pub(crate) pd: Arc<Pd>,
     cq: Arc<Cq>,
     context: Arc<Context>,
-    lanes: Mutex<HashMap<u32, Arc<Lane>>>,
+    /// By the number of the queue pair.
+    lanes: Mutex<BTreeMap<u32, Arc<Lane>>>,
     /// Every key that peers were given: none is given twice, so a request that succeeds proves which region it met.
     keys: Mutex<HashSet<u32>>,
     /// Who polls. Completions are handled in their order, so polling and handling are one step.
@@ -176,7 +177,8 @@ impl Nic {
         self.helped.store(true, Ordering::Relaxed);
         // Somebody else polls: that helps as well.
         if let Ok(_polling) = self.polling.try_lock() {
-            let mut completions = [sys::Wc::default(); 16];
+            // Few: whoever waits for more bytes than a few requests carry leaves it to the thread.
+            let mut completions = [sys::Wc::default(); 4];
             // An error is the thread's to find.
             let found = self.cq.poll(&mut completions).unwrap_or(0);
             completions[..found].iter().for_each(|completion| self.dispatch(completion));
@@ -195,7 +197,7 @@ impl Nic {
         !self.down.load(Ordering::Relaxed)
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<u32, Arc<Lane>>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Arc<Lane>>> {
         // Each change under this lock is one call.
         self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,7 +1,7 @@
 //! What one opened transport holds.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -52,7 +52,7 @@ pub(crate) type Described = (SocketAddr, Arc<Descriptor>);
 #[derive(Default)]
 struct State {
     described: Option<(Arc<RemoteRegion>, Described)>,
-    connections: HashMap<Peer, Slot>,
+    connections: BTreeMap<Peer, Slot>,
     /// Since when a pair of NICs is not to be used for a peer.
     suspects: HashMap<(Peer, usize, usize), Instant>,
 }

@@ -5,6 +5,8 @@
 
 use std::collections::VecDeque;
 
+use smallvec::SmallVec;
+
 /// Requests of one queue pair.
 #[derive(Debug)]
 pub(crate) struct SendQueue<T> {
@@ -20,7 +22,7 @@ pub(crate) struct SendQueue<T> {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Failed<T> {
     /// Completed before it.
-    pub(crate) done: Vec<T>,
+    pub(crate) done: SmallVec<[T; 1]>,
     /// The request that failed; `None` if it is not known, as for a completion that came late.
     pub(crate) culprit: Option<T>,
 }
@@ -64,8 +66,8 @@ impl<T> SendQueue<T> {
     }
 
     /// A request has completed: it and all before it.
-    pub(crate) fn complete(&mut self, number: u64) -> Vec<T> {
-        let mut done = Vec::new();
+    pub(crate) fn complete(&mut self, number: u64) -> SmallVec<[T; 1]> {
+        let mut done = SmallVec::new();
         if self.flies(number) {
             while self.flying.front().is_some_and(|(first, _)| *first <= number) {
                 done.extend(self.flying.pop_front().map(|(_, request)| request));
@@ -78,7 +80,7 @@ impl<T> SendQueue<T> {
     pub(crate) fn fail(&mut self, number: u64) -> Failed<T> {
         self.closed = true;
         if !self.flies(number) {
-            return Failed { done: Vec::new(), culprit: None };
+            return Failed { done: SmallVec::new(), culprit: None };
         }
         let mut done = self.complete(number);
         let culprit = done.pop();
@@ -115,6 +117,7 @@ impl<T> SendQueue<T> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use smallvec::smallvec;
 
     use super::*;
 
@@ -124,7 +127,7 @@ mod tests {
         queue.push('a').unwrap();
         assert!(queue.start().is_some());
         assert!(queue.complete(7).is_empty() && queue.complete(101).is_empty());
-        assert_eq!(queue.complete(100), ['a']);
+        assert_eq!(queue.complete(100)[..], ['a']);
         assert!(queue.complete(100).is_empty(), "twice");
     }
 
@@ -135,11 +138,11 @@ mod tests {
             queue.push(request).unwrap();
         }
         while queue.start().is_some() {}
-        assert_eq!(queue.complete(2), [0, 1, 2], "it retires all before it");
+        assert_eq!(queue.complete(2)[..], [0, 1, 2], "it retires all before it");
         assert!(queue.complete(1).is_empty(), "an earlier one comes late");
-        assert_eq!(queue.fail(0), Failed { done: Vec::new(), culprit: None }, "even as an error");
+        assert_eq!(queue.fail(0), Failed { done: SmallVec::new(), culprit: None }, "even as an error");
         assert!(queue.start().is_none(), "but then nothing is posted any more");
-        assert_eq!(queue.complete(3), [3]);
+        assert_eq!(queue.complete(3)[..], [3]);
         assert_eq!(queue.close(), [4, 5]);
     }
 
@@ -150,7 +153,7 @@ mod tests {
             queue.push(request).unwrap();
         }
         while queue.start().is_some() {}
-        assert_eq!(queue.fail(1), Failed { done: vec![0], culprit: Some(1) });
+        assert_eq!(queue.fail(1), Failed { done: smallvec![0], culprit: Some(1) });
         assert!(queue.start().is_none() && queue.push(9) == Err(9));
         assert_eq!(queue.close(), [4, 5]);
         assert_eq!(queue.fail(2).culprit, Some(2));

@@ -1,6 +1,6 @@
 //! The transport `rdma`: the one-sided facet over verbs.
 
-use std::{collections::HashMap, fmt, sync::Arc, time::Instant};
+use std::{fmt, sync::Arc, time::Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -12,6 +12,7 @@ use ckpt_core::{
         WriteOp,
     },
 };
+use smallvec::{SmallVec, smallvec};
 
 use crate::{
     ending, flying,
@@ -106,16 +107,19 @@ impl RdmaTransport {
 
     fn post(&self, way: Way, batch: Vec<impl Into<Transfer>>, deadline: Instant) -> Result<Event> {
         let operation = way.operation();
-        let mut owners: HashMap<Peer, Vec<(Transfer, Arc<Descriptor>)>> = HashMap::new();
+        // Few owners a batch, mostly one: a search costs less than a table.
+        let mut jobs: SmallVec<[(Peer, Job); 1]> = SmallVec::new();
         for op in batch {
             let transfer: Transfer = op.into();
             transfer.check_on_host(way)?;
             let (address, descriptor) =
                 self.node.described(&transfer.region, |region| owner_of(operation, region))?;
-            owners.entry((address, descriptor.id)).or_default().push((transfer, descriptor));
+            let peer = (address, descriptor.id);
+            match jobs.iter_mut().find(|(known, _)| *known == peer) {
+                Some((_, job)) => job.transfers.push((transfer, descriptor)),
+                None => jobs.push((peer, Job { way, transfers: smallvec![(transfer, descriptor)] })),
+            }
         }
-        let mut jobs: Vec<(Peer, Job)> =
-            owners.into_iter().map(|(peer, transfers)| (peer, Job { way, transfers })).collect();
         if let [(peer, job)] = &jobs[..]
             && Instant::now() < deadline
             && let Some(flight) = mover::post_now(&self.node, *peer, job)
