@@ -1,5 +1,5 @@
 """compare.py CKPT ROUNDS: runs inside the virtual machine; see perftest.sh. One NIC a side, the same queue pairs, depth,
-reads in flight and MTU on both."""
+reads in flight, MTU and one buffer for all messages on both."""
 
 import json
 import statistics
@@ -41,7 +41,7 @@ def ours(size, iterations):
     """The result of one size."""
     command = [CKPT, "bench", "transport", "--transport", "rdma", "--device", "host", "--op", "read"]
     command += ["--sizes", str(size), "--iters", str(iterations), "--warmup", "4", "--qps", str(QPS)]
-    command += ["--depth", str(DEPTH), "--hcas", f"{OWNER}/{READER}", "--timeout", "280", "--json"]
+    command += ["--depth", str(DEPTH), "--one-buffer", "--hcas", f"{OWNER}/{READER}", "--timeout", "280", "--json"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if run.returncode != 0:
         sys.exit(f"{' '.join(command)}: {run.stdout}{run.stderr}")

@@ -76,7 +76,8 @@ result). Time is that of the slowest rank.
 For reads and writes the columns are those of perftest, with rates of the slowest rank: every rank but 0 reads from, or
 writes into, rank 0's memory, all at once, with --depth messages in flight. BW peak is that of the fastest stretch; MsgRate
 is in million messages a second. p50 and p99 are those of single messages, one after the other. MiB/s is what perftest calls
-MB/sec. To compare with `ib_read_bw -q N -t N` give the same --qps and --depth.
+MB/sec. To compare with `ib_read_bw -q N -t N` give the same --qps and --depth, and --one-buffer, since perftest's messages
+share one buffer, which stays in the caches.
 
 Examples:
   ckpt bench transport --transport tcp --op broadcast --sizes 1MiB,64MiB --ranks 2 --check
@@ -101,6 +102,9 @@ struct TransportArgs {
     /// Reads or writes in flight
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=65_536), value_name = "N")]
     depth: u32,
+    /// All reads or writes in flight use the same bytes, not bytes of their own
+    #[arg(long)]
+    one_buffer: bool,
     /// Queue pairs for each pair of NICs (transport rdma); else CKPT_RDMA_QPS
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=16), value_name = "N")]
     qps: Option<u32>,

@@ -1,6 +1,6 @@
 //! Reads of rank 0's memory by every other rank, or writes into it.
 //!
-//! Rank 0's memory has a slot for each message in flight; for writes each rank has slots of its own, so that no two
+//! Rank 0's memory has a slot for each message in flight (or one for all, if so asked); for writes each rank has slots of its own, so that no two
 //! write the same bytes.
 
 use std::{collections::VecDeque, ops::Range, sync::Arc, time::Instant};
@@ -26,6 +26,8 @@ struct Slots<'a> {
     memory: BufferSlice,
     size: u64,
     count: u64,
+    /// Messages in flight.
+    depth: u64,
 }
 
 impl Slots<'_> {
@@ -48,14 +50,14 @@ impl Slots<'_> {
         }
     }
 
-    /// Seconds for each message, and in the fastest part. Two stretches of half the slots are in flight at a time.
+    /// Seconds for each message, and in the fastest part. Two stretches of half the depth are in flight at a time.
     async fn stream(&self, messages: u64, deadline: Instant) -> Result<(f64, f64)> {
-        let stretch = (self.count / 2).max(1);
+        let stretch = (self.depth / 2).max(1);
         let mut flying: VecDeque<(Event, Instant, u64)> = VecDeque::new();
         let (mut posted, mut ended) = (0, Vec::new());
         let began = Instant::now();
         while posted < messages || !flying.is_empty() {
-            while posted < messages && flying.len() < self.count.min(2) as usize {
+            while posted < messages && flying.len() < self.depth.min(2) as usize {
                 let count = stretch.min(messages - posted);
                 let now = Instant::now();
                 flying.push_back((self.post(posted..posted + count, deadline)?, now, count));
@@ -105,7 +107,9 @@ impl Bench {
         // Alone, a rank works on its own memory.
         let others = u64::from(self.world_size() - 1).max(1);
         let areas = if way == Way::Write { others } else { 1 };
-        let count = (MEMORY / (size * areas)).clamp(1, u64::from(self.args.depth));
+        let depth = u64::from(self.args.depth);
+        let count = if self.args.one_buffer { 1 } else { (MEMORY / (size * areas)).clamp(1, depth) };
+        let depth = if self.args.one_buffer { depth } else { count };
         let (expected, opposite) = patterns(size * count).await?;
         let (there, here) = match way {
             Way::Read => (expected.clone(), &opposite),
@@ -134,6 +138,7 @@ impl Bench {
             memory: BufferSlice::whole(self.device.pin(HostBuffer::from_bytes(here)?)?),
             size,
             count,
+            depth,
         };
         if works {
             let (warmup, iters) = (u64::from(self.args.warmup), u64::from(self.args.iters));
