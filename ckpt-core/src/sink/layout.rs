@@ -42,10 +42,14 @@ impl Layout {
         self.digest
     }
 
-    /// The number of exactly this tensor.
-    pub(super) fn find(&self, meta: &TensorMeta) -> Option<u32> {
-        let number = *self.index.get(&meta.name)?;
-        (self.tensors.get(number as usize) == Some(meta)).then_some(number)
+    /// The number of exactly this tensor. `guess` is tried first: buckets have runs of tensors in the layout's order, and
+    /// looking a long name up takes longer than all else that is done for a small tensor.
+    pub(super) fn find(&self, meta: &TensorMeta, guess: u32) -> Option<u32> {
+        let is = |number: u32| self.tensors.get(number as usize) == Some(meta);
+        if is(guess) {
+            return Some(guess);
+        }
+        self.index.get(&meta.name).copied().filter(|number| is(*number))
     }
 }
 

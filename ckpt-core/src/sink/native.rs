@@ -102,7 +102,8 @@ impl NativeSink {
                 "the worker's window is full; wait for an ack first",
             ));
         }
-        let entries = bucket.tensors.iter().map(|t| self.entry(t)).collect::<Result<_>>()?;
+        let mut next = 0;
+        let entries = bucket.tensors.iter().map(|t| self.entry(t, &mut next)).collect::<Result<_>>()?;
         self.owed.push_back(bucket.bucket);
         self.send(&Down::Bucket { bucket: bucket.bucket, entries }, "deliver a bucket", deadline)
             .await
@@ -123,9 +124,11 @@ impl NativeSink {
         }
     }
 
-    fn entry(&self, tensor: &TensorInRing) -> Result<Entry> {
+    /// `next` is the number that the tensor is likely to have, and then the one that its successor is.
+    fn entry(&self, tensor: &TensorInRing, next: &mut u32) -> Result<Entry> {
         let meta = &tensor.meta;
-        let index = self.config.layout.as_ref().and_then(|layout| layout.find(meta));
+        let index = self.config.layout.as_ref().and_then(|layout| layout.find(meta, *next));
+        *next = index.map_or(*next, |index| index.wrapping_add(1));
         if meta.shape.len() > usize::from(u16::MAX) || meta.name.len() > wire::MAX_TEXT {
             return Err(self
                 .error(ErrorKind::Unsupported, "deliver a bucket", "name or shape are too long for the wire")

@@ -303,7 +303,7 @@ impl NativeWorker {
             if ring.memory() != MemoryKind::Device {
                 view.verify()?;
             }
-            session.summary.tensor_bytes += meta.len_bytes();
+            session.summary.tensor_bytes += view.len_bytes();
             views.push(view);
         }
         apply.bucket(bucket, &views)?;

@@ -16,6 +16,7 @@ pub struct TensorView<'a> {
     meta: &'a TensorMeta,
     ring: &'a Arc<dyn Buffer>,
     offset: u64,
+    len_bytes: u64,
     layout_index: Option<u32>,
     digest: Option<u64>,
 }
@@ -29,18 +30,16 @@ impl<'a> TensorView<'a> {
         layout_index: Option<u32>,
         digest: Option<u64>,
     ) -> Result<Self> {
-        let end = offset.checked_add(meta.len_bytes());
+        let len_bytes = meta.len_bytes();
+        let end = offset.checked_add(len_bytes);
         if end.is_none_or(|end| end > ring.len_bytes()) {
-            let message = format!(
-                "{} bytes at {offset} are outside the ring of {} bytes",
-                meta.len_bytes(),
-                ring.len_bytes()
-            );
+            let message =
+                format!("{len_bytes} bytes at {offset} are outside the ring of {} bytes", ring.len_bytes());
             return Err(
                 Error::new(ErrorKind::Corrupt, "read a bucket", message).with(Key::Tensor, &meta.name)
             );
         }
-        Ok(Self { meta, ring, offset, layout_index, digest })
+        Ok(Self { meta, ring, offset, len_bytes, layout_index, digest })
     }
 
     /// Name, dtype, shape.
@@ -52,6 +51,11 @@ impl<'a> TensorView<'a> {
     /// looked its parameters up there needs no lookup by name here.
     pub fn layout_index(&self) -> Option<u32> {
         self.layout_index
+    }
+
+    /// [`TensorMeta::len_bytes`], which need not be computed again.
+    pub fn len_bytes(&self) -> u64 {
+        self.len_bytes
     }
 
     /// Where the bytes are; a device pointer for [`MemoryKind::Device`].
@@ -66,7 +70,7 @@ impl<'a> TensorView<'a> {
 
     /// The bytes with what keeps them mapped: for copies that a device makes by itself.
     pub fn slice(&self) -> Result<BufferSlice> {
-        BufferSlice::new(self.ring.clone(), self.offset..self.offset + self.meta.len_bytes())
+        BufferSlice::new(self.ring.clone(), self.offset..self.offset + self.len_bytes)
     }
 
     /// The bytes; an error for device memory.
@@ -74,7 +78,7 @@ impl<'a> TensorView<'a> {
         let pointer = self.slice()?.host_ptr()?;
         // SAFETY: `new` checked the range; `ring` keeps the mapping for 'a; the parameter server writes these bytes
         // only after the ack of this bucket, which is sent after the call that this view was made for.
-        Ok(unsafe { std::slice::from_raw_parts(pointer.as_ptr(), self.meta.len_bytes() as usize) })
+        Ok(unsafe { std::slice::from_raw_parts(pointer.as_ptr(), self.len_bytes as usize) })
     }
 
     /// The xxh3-64 (seed 0) that the bytes must have, if the parameter server sent one.

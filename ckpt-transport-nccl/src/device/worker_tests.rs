@@ -249,3 +249,29 @@ async fn many_small_tensors_go_by_one_kernel_whatever_their_lengths() {
         assert_eq!(pair.held(&format!("layer.{i}")), vec![i as u8; i + 1]);
     }
 }
+
+/// The layout's parameters are looked up once: an engine that moves one must not find its old place written.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parameter_that_moved_between_updates_is_written_where_it_is() {
+    let mut pair = Pair::new();
+    let ring = pair.server.allocate_ring(1 << 20).unwrap();
+    let layout =
+        Arc::new(Layout::new(checkpoint(1).0.iter().map(|t| t.meta.clone()).collect::<Vec<_>>()).unwrap());
+    let mut old = None;
+    for version in [1, 2] {
+        let (tensors, bytes) = checkpoint(version);
+        fill(&pair.server, &*ring, &bytes).await;
+        let config = NativeSinkConfig { layout: Some(layout.clone()), ..NativeSinkConfig::default() };
+        let (served, taken) = pair.update(&*ring, &tensors, config).await;
+        served.unwrap();
+        taken.unwrap();
+        assert_eq!(pair.held("layer.3"), vec![30 + version; 4097]);
+        if version == 1 {
+            old = pair.parameters.find("layer.3").cloned();
+            let moved = BufferSlice::whole(fake::device(0).allocate(4097).unwrap());
+            pair.parameters.insert("layer.3", moved).unwrap();
+        }
+    }
+    pair.parameters.insert("old", old.unwrap()).unwrap();
+    assert_eq!(pair.held("old"), vec![31; 4097], "the second update left it alone");
+}
