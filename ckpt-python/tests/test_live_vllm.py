@@ -16,6 +16,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as Unanswered
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -99,10 +101,14 @@ def by_worker_extension(url: str, model: Path, protocol: str) -> None:
         server.update("step", tell)
 
 
-def by_weight_transfer(url: str, model: Path, protocol: str) -> None:
-    command = [CKPT, "update", "--checkpoint-path", str(model), "--engine", "vllm-native", "--endpoint", url]
+def by_program(engine: str, url: str, model: Path, protocol: str) -> subprocess.CompletedProcess[str]:
+    command = [CKPT, "update", "--checkpoint-path", str(model), "--engine", engine, "--endpoint", url]
     command += ["--device", "host", "--inference-parallel-size", "1", "--worker-protocol", protocol]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+def by_weight_transfer(url: str, model: Path, protocol: str) -> None:
+    done = by_program("vllm-native", url, model, protocol)
     assert done.returncode == 0, done.stderr
 
 
@@ -141,5 +147,40 @@ def test_a_running_vllm_takes_new_weights_both_ways(tmp_path: Path) -> None:
             update(url, models[number], protocol)
             call(f"{url}/reset_prefix_cache", {})
             assert answers(url) == expected[number], (update.__name__, protocol)
+    print_versions()
+
+
+@pytest.mark.usefixtures("runtime")
+def test_a_vllm_whose_update_failed_answers_nobody_until_one_succeeds(tmp_path: Path) -> None:
+    model, broken = tmp_path / "model", tmp_path / "broken"
+    for folder in (model, broken):
+        subprocess.run([PYTHON, str(HERE / "tiny_qwen3.py"), str(folder), "0"], check=True)
+    # A tensor that the model has not, in the middle of good ones.
+    rename = "import sys; from safetensors.torch import load_file as l, save_file as s; t = l(sys.argv[1]); "
+    rename += "t['model.layers.9.mlp.up_proj.weight'] = t.pop('model.layers.2.mlp.up_proj.weight'); s(t, sys.argv[1])"
+    subprocess.run([PYTHON, "-c", rename, str(broken / "model.safetensors")], check=True)
+    with vllm(model) as url:
+        expected = answers(url)
+    options = ["--load-format", "dummy"]
+    options += ["--worker-extension-cls", "ckpt_engine.worker.VllmColocateWorkerExtension"]
+    with vllm(model, *options) as url:
+        before = answers(url)
+        assert before != expected
+        failed = by_program("vllm", url, broken, "ce-0.4")
+        assert failed.returncode not in (0, 70), failed.stderr
+        assert "layers.9" in failed.stderr, failed.stderr
+        # What comes now is kept back: it would be computed from old and new weights.
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(answers, url)
+            with pytest.raises(Unanswered):
+                waiting.result(3)
+            done = by_program("vllm", url, model, "ce-0.4")
+            assert done.returncode == 0, done.stderr
+            assert waiting.result(60) == expected, "the request that had waited"
+        assert answers(url) == expected
+    print_versions()
+
+
+def print_versions() -> None:
     versions = "import torch, vllm; print('vllm', vllm.__version__, 'torch', torch.__version__)"
     print(subprocess.run([PYTHON, "-c", versions], capture_output=True, text=True, check=True).stdout)
