@@ -2,7 +2,7 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
@@ -43,6 +43,8 @@ pub(super) struct Mesh {
     pub(super) world_size: u32,
     pub(super) peers: Vec<Peer>,
     pub(super) poison: Arc<Poison>,
+    /// Held from before there is a cause until the others have been told.
+    telling: Mutex<()>,
     ended: CancellationToken,
 }
 
@@ -54,6 +56,7 @@ impl Mesh {
             world_size,
             peers,
             poison: Arc::default(),
+            telling: Mutex::default(),
             ended: CancellationToken::new(),
         });
         for (index, peer) in mesh.peers.iter().enumerate() {
@@ -73,6 +76,7 @@ impl Mesh {
     /// Poisons the communicator, tells the others why, frees whoever waits. Answers the first cause.
     pub(super) fn fail(&self, cause: Error) -> Error {
         let cause = cause.flattened();
+        let _telling = self.telling();
         if self.poison.set(cause.clone()) {
             tracing::debug!(rank = self.rank, %cause, "a tcp group ends");
             self.tell(&Notice::Aborted(cause.clone()));
@@ -81,6 +85,12 @@ impl Mesh {
             }
         }
         self.poison.get().unwrap_or(cause)
+    }
+
+    /// Whoever closes connections because there is a cause takes this first: else the others may see only the end.
+    pub(super) fn telling(&self) -> MutexGuard<'_, ()> {
+        // Nothing that can panic runs under this lock.
+        self.telling.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The error for a lane that broke: the reason that came, or else this peer's death.

@@ -198,6 +198,7 @@ async fn write(mesh: Arc<Mesh>, index: usize, mut inbox: mpsc::UnboundedReceiver
         // After an abort the lane is shut; the control connection tells the rest.
         broken = broken || socket::write_all(&peer.lanes[0], &message, &[]).await.is_err();
     }
+    let _telling = mesh.telling();
     if mesh.poison.get().is_none()
         && let Ok(bytes) = frame(&Notice::Left)
     {
