@@ -29,6 +29,8 @@ const REASON_TIME: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub(super) struct Peer {
     pub(super) rank: u32,
+    /// What errors call it.
+    pub(super) name: u32,
     pub(super) address: SocketAddr,
     pub(super) lanes: Vec<TcpStream>,
     pub(super) control: Arc<TcpStream>,
@@ -122,7 +124,7 @@ impl Drop for Mesh {
 
 pub(super) fn lost(peer: &Peer, message: &'static str) -> Error {
     Error::new(ErrorKind::PeerLost, "broadcast", message)
-        .with(Key::Rank, peer.rank)
+        .with(Key::Rank, peer.name)
         .with(Key::Peer, peer.address)
 }
 
