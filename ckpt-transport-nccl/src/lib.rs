@@ -6,8 +6,8 @@
 
 mod communicator;
 mod config;
+mod cuda;
 pub mod device;
-mod either;
 mod error;
 mod ipc;
 mod library;
@@ -25,7 +25,7 @@ mod update_tests;
 use ckpt_core::transport::Registry;
 
 pub use config::NcclConfig;
-pub use either::{CudaTransport, CudaTransportProvider};
+pub use cuda::{CudaTransport, CudaTransportProvider};
 pub use ipc::{CudaIpcProvider, CudaIpcTransport};
 pub use transport::{NcclProvider, NcclTransport};
 

@@ -1,0 +1,5 @@
+//! The transport `cuda`.
+
+mod transport;
+
+pub use transport::{CudaTransport, CudaTransportProvider};
