@@ -1,5 +1,5 @@
 //! CUDA devices and the transports between NVIDIA GPUs: `cuda-ipc` copies inside a host, `nccl` broadcasts everywhere, and
-//! `cuda` takes the better one for each group.
+//! `cuda` copies inside hosts and broadcasts between them.
 //!
 //! Both libraries, the CUDA driver and NCCL, are opened at run time. Without them everything compiles and runs, and the
 //! probes say what is missing.

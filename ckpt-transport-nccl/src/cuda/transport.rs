@@ -1,22 +1,25 @@
-//! The transport `cuda`: each group copies over CUDA IPC where that works between all of its members, and uses NCCL
-//! elsewhere.
-//!
-//! Whether one GPU can reach another shows only when it is tried, and all members must come to the same answer. So the
-//! choice is made where all of them are present anyway: when a group forms.
+//! Opening the transport, and how the members of a group agree on what each of them uses.
 
 use std::{sync::Arc, time::Instant};
 
 use async_trait::async_trait;
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use ckpt_core::{
-    Error, ErrorKind, Result,
+    Epoch, Error, ErrorKind, Key, Result,
     transport::{
         Capability, Collective, Communicator, GroupSpec, OneSided, Probe, Transport, TransportConfig,
         TransportProvider,
     },
 };
 
-use crate::{CudaIpcProvider, NcclProvider, device::DriverCell};
+use super::{
+    layout::{Layout, Rails},
+    meeting::{Meeting, Word, out_of_order},
+    rails,
+};
+use crate::{CudaIpcProvider, CudaIpcTransport, NcclProvider, device::DriverCell, ipc::Queue};
+
+const OPERATION: &str = "join a group";
 
 /// Opens `cuda` transports.
 #[derive(Debug)]
@@ -55,15 +58,15 @@ impl TransportProvider for CudaTransportProvider {
 
     /// Must be called in a tokio runtime.
     fn open(&self, config: &TransportConfig) -> Result<Arc<dyn Transport>> {
-        let ipc = self.ipc.open(config)?;
+        let ipc = self.ipc.open_ipc(config)?;
         Ok(Arc::new(CudaTransport { ipc, nccl: self.nccl.open(config) }))
     }
 }
 
-/// CUDA IPC, with NCCL behind it.
+/// CUDA IPC inside hosts, NCCL between them.
 #[derive(Debug)]
 pub struct CudaTransport {
-    ipc: Arc<dyn Transport>,
+    ipc: CudaIpcTransport,
     nccl: Result<Arc<dyn Transport>>,
 }
 
@@ -86,50 +89,153 @@ impl Transport for CudaTransport {
 }
 
 impl CudaTransport {
-    fn ipc(&self) -> Result<&dyn Collective> {
-        self.ipc.collective().ok_or_else(no_facet)
+    fn nccl(&self) -> Result<&dyn Collective> {
+        self.nccl.as_ref().map_err(Clone::clone)?.collective().ok_or_else(|| {
+            Error::new(ErrorKind::Internal, OPERATION, "a transport between GPUs has no broadcasts")
+        })
     }
 
-    fn nccl(&self) -> Result<&dyn Collective> {
-        self.nccl.as_ref().map_err(Clone::clone)?.collective().ok_or_else(no_facet)
+    /// Every member takes the same way through here: it depends on nothing but what all have told each other.
+    async fn form(&self, meeting: &mut Meeting, group: Place, deadline: Instant) -> Result<Communicator> {
+        let no_nccl = self.nccl.as_ref().err().map(Error::flattened);
+        let (mut hosts, mut without) = (Vec::new(), None);
+        for (member, word) in (0..).zip(meeting.all(Word::Here { host: self.ipc.host(), no_nccl }).await?) {
+            let Word::Here { host, no_nccl } = word else { return Err(out_of_order()) };
+            hosts.push(host);
+            without = without.or(no_nccl.map(|why: Error| why.with(Key::Rank, member)));
+        }
+        let layout = Layout::of(&hosts, group.rank);
+        let copies = match &layout {
+            Layout::OneHost => {
+                self.copies(meeting, &(0..group.world_size).collect::<Vec<_>>(), group, deadline).await?
+            }
+            // Nothing but NCCL will do between hosts, so there is no need to try the rest.
+            Layout::Rails(rails) if without.is_none() => {
+                self.copies(meeting, &rails.node, group, deadline).await?
+            }
+            Layout::Rails(_) => {
+                Err(Error::new(ErrorKind::Unsupported, OPERATION, "the group is on several hosts"))
+            }
+            Layout::Apart(why) => Err(Error::new(ErrorKind::Unsupported, OPERATION, why.clone())),
+        };
+        let why = match (copies, layout) {
+            (Ok(node), Layout::Rails(rails)) => {
+                return self.rails(meeting, node, rails, group.epoch, deadline).await;
+            }
+            (Ok(node), _) => {
+                tracing::debug!(members = group.world_size, "the group copies over CUDA IPC");
+                return Ok(node.communicator());
+            }
+            (Err(why), _) => why,
+        };
+        tracing::info!(error = %why, "no CUDA IPC between these members: the group uses NCCL");
+        let both = |error: Error| {
+            let message = format!("{}; and CUDA IPC does not work here: {}", error.message(), why.message());
+            let named =
+                error.context().fold(Error::new(error.kind(), OPERATION, message), |e, (k, v)| e.with(k, v));
+            named.recovery_is(error.recovery()).caused_by(error)
+        };
+        if let Some(error) = without {
+            return Err(both(error));
+        }
+        let nccl = self.nccl()?;
+        let all: Vec<u32> = (0..group.world_size).collect();
+        let token = meeting.token(&all, nccl.create_token()).await?;
+        let Place { rank, world_size, epoch } = group;
+        let communicator =
+            nccl.join(GroupSpec { token, rank, world_size, epoch }, deadline).await.map_err(both)?;
+        meeting.done(None).await?;
+        Ok(communicator)
+    }
+
+    /// Tries to form a group that copies, of this host's `members`; on every member the same answer, also if it failed
+    /// on another host.
+    async fn copies(
+        &self,
+        meeting: &mut Meeting,
+        members: &[u32],
+        group: Place,
+        deadline: Instant,
+    ) -> Result<Result<Queue>> {
+        let token = meeting.token(members, async { self.ipc.create_token().await }).await?;
+        let spec = part(token, members, group.rank, group.epoch)?;
+        let (queue, reason) = match self.ipc.join_as(&spec, members, deadline).await {
+            Ok(queue) => (Some(queue), None),
+            Err(error) if goes_on(&error) => (None, Some(error)),
+            Err(error) => return Err(error),
+        };
+        match (meeting.done(reason).await?, queue) {
+            (None, Some(queue)) => Ok(Ok(queue)),
+            (Some(why), _) => Ok(Err(why)),
+            (None, None) => Err(out_of_order()),
+        }
+    }
+
+    /// Joins the rail of this member.
+    async fn rails(
+        &self,
+        meeting: &mut Meeting,
+        node: Queue,
+        rails: Rails,
+        epoch: Epoch,
+        deadline: Instant,
+    ) -> Result<Communicator> {
+        let nccl = self.nccl()?;
+        let token = meeting.token(&rails.rail, nccl.create_token()).await?;
+        let spec = part(token, &rails.rail, rails.rank, epoch)?;
+        let named = |host: &str| {
+            let member = host.parse::<usize>().ok().and_then(|host| rails.rail.get(host));
+            member.map_or_else(|| host.to_owned(), u32::to_string)
+        };
+        let joined = nccl.join(spec, deadline).await;
+        let rail = joined.map_err(|e| e.renamed(Key::Rank, named).renamed(Key::Peer, named))?;
+        meeting.done(None).await?;
+        let (hosts, each) = (rails.rail.len(), rails.node.len());
+        tracing::debug!(hosts, each, "the group copies over CUDA IPC inside hosts, along rails over NCCL");
+        Ok(rails::communicator(rails, node, rail))
     }
 }
 
-fn no_facet() -> Error {
-    Error::new(ErrorKind::Internal, "join a group", "a transport between GPUs has no broadcasts")
+/// This member's place in the group.
+#[derive(Clone, Copy)]
+struct Place {
+    rank: u32,
+    world_size: u32,
+    epoch: Epoch,
+}
+
+/// Member `rank` in a part of its group.
+fn part(token: Bytes, members: &[u32], rank: u32, epoch: Epoch) -> Result<GroupSpec> {
+    let place = members.iter().position(|member| *member == rank);
+    let place =
+        place.ok_or_else(|| Error::new(ErrorKind::Internal, OPERATION, "a part without this member"))?;
+    Ok(GroupSpec { token, rank: place as u32, world_size: members.len() as u32, epoch })
 }
 
 #[async_trait]
 impl Collective for CudaTransport {
     async fn create_token(&self) -> Result<Bytes> {
-        let ipc = self.ipc()?.create_token().await?;
-        let nccl = match self.nccl() {
-            Ok(nccl) => nccl.create_token().await?,
-            Err(_) => Bytes::new(),
-        };
-        Ok(encode_token(&ipc, &nccl))
+        Ok([TOKEN_MAGIC, &self.ipc.create_token().await?[..]].concat().into())
     }
 
     async fn join(&self, group: GroupSpec, deadline: Instant) -> Result<Communicator> {
-        let (ipc, nccl) = decode_token(&group.token)?;
-        let why = match self.ipc()?.join(GroupSpec { token: ipc, ..group.clone() }, deadline).await {
+        let spec = GroupSpec { token: decode_token(&group.token)?, ..group };
+        let place = Place { rank: spec.rank, world_size: spec.world_size, epoch: spec.epoch };
+        let mut meeting = Meeting::join(self.ipc.messenger(), &spec, deadline).await?;
+        let talk = meeting.talk();
+        let formed = tokio::select! {
+            biased;
+            formed = self.form(&mut meeting, place, deadline) => formed,
+            // What this member waits for in the middle of a step is dropped, which ends it for its part's members.
+            cause = talk.failed() => Err(cause),
+        };
+        match formed {
             Ok(communicator) => {
-                tracing::debug!(members = group.world_size, "the group copies over CUDA IPC");
-                return Ok(communicator);
+                meeting.end();
+                Ok(communicator)
             }
-            Err(error) if goes_on(&error) => error,
-            Err(error) => return Err(error),
-        };
-        tracing::info!(error = %why, "no CUDA IPC between these members: the group uses NCCL");
-        let both = |error: Error| {
-            let message = format!("{}; and CUDA IPC does not work here: {}", error.message(), why.message());
-            Error::new(error.kind(), "join a group", message).recovery_is(error.recovery()).caused_by(error)
-        };
-        if nccl.is_empty() {
-            let message = "the group's first member has no NCCL";
-            return Err(both(Error::new(ErrorKind::Unavailable, "join a group", message)));
+            Err(error) => Err(talk.fail(error)),
         }
-        self.nccl().map_err(both)?.join(GroupSpec { token: nccl, ..group }, deadline).await.map_err(both)
     }
 }
 
@@ -141,26 +247,11 @@ fn goes_on(error: &Error) -> bool {
     )
 }
 
-const TOKEN_MAGIC: &[u8; 4] = b"cuda";
+const TOKEN_MAGIC: &[u8] = b"cuda";
 
-/// Magic, the length of the first token, both tokens; the second is empty where there is no NCCL.
-fn encode_token(ipc: &[u8], nccl: &[u8]) -> Bytes {
-    let mut token = BytesMut::with_capacity(6 + ipc.len() + nccl.len());
-    token.put_slice(TOKEN_MAGIC);
-    token.put_u16_le(ipc.len() as u16);
-    token.put_slice(ipc);
-    token.put_slice(nccl);
-    token.freeze()
-}
-
-fn decode_token(token: &Bytes) -> Result<(Bytes, Bytes)> {
-    let parse = || {
-        let rest = token.strip_prefix(TOKEN_MAGIC)?;
-        let (len, rest) = rest.split_first_chunk::<2>()?;
-        let (ipc, nccl) = rest.split_at_checked(usize::from(u16::from_le_bytes(*len)))?;
-        Some((token.slice_ref(ipc), token.slice_ref(nccl)))
-    };
-    parse().ok_or_else(|| {
+/// The token of the members' meeting.
+fn decode_token(token: &Bytes) -> Result<Bytes> {
+    token.strip_prefix(TOKEN_MAGIC).map(|rest| token.slice_ref(rest)).ok_or_else(|| {
         let message = "the token is not one of the transport `cuda`; give all ranks the same --transport";
         Error::new(ErrorKind::ConfigInvalid, "join a group", message)
     })
@@ -168,78 +259,13 @@ fn decode_token(token: &Bytes) -> Result<(Bytes, Bytes)> {
 
 #[cfg(test)]
 mod tests {
-    use ckpt_core::{Epoch, device::BufferSlice, transport::CollectiveOp};
-
     use super::*;
-    use crate::{NcclConfig, device::tests::soon, fake};
 
     #[test]
-    fn a_token_holds_both() {
-        let token = encode_token(b"first", b"second");
-        assert_eq!(&token[..], b"cuda\x05\0firstsecond");
-        let (ipc, nccl) = decode_token(&token).unwrap();
-        assert_eq!((&ipc[..], &nccl[..]), (&b"first"[..], &b"second"[..]));
-        for bad in [&b"nccl"[..], b"cuda", b"cuda\x06\0first"] {
+    fn a_token_is_known_by_its_first_bytes() {
+        assert_eq!(&decode_token(&Bytes::from_static(b"cudathe meeting")).unwrap()[..], b"the meeting");
+        for bad in [&b"nccl"[..], b"cud", b""] {
             assert_eq!(decode_token(&Bytes::from_static(bad)).unwrap_err().kind(), ErrorKind::ConfigInvalid);
-        }
-    }
-
-    /// Joins two members and moves a byte; whether member 1's memory cannot be mapped.
-    async fn group(broken: bool) -> Vec<Communicator> {
-        let mut joins = Vec::new();
-        let mut devices = Vec::new();
-        let mut token = None;
-        for rank in 0..2 {
-            let driver = if broken && rank == 1 { fake::driver_without_ipc() } else { fake::driver() };
-            let cell = DriverCell::of(driver);
-            let device = Arc::new(crate::device::CudaProvider::new(cell.clone()).open_cuda(rank).unwrap());
-            let provider =
-                CudaTransportProvider::of(CudaIpcProvider::new(cell), fake::provider(NcclConfig::default()));
-            let transport = provider
-                .open(&TransportConfig {
-                    bind: std::net::Ipv4Addr::LOCALHOST.into(),
-                    runtime_dir: std::env::temp_dir(),
-                    secret: b"secret".to_vec(),
-                    connections: 1,
-                    device: device.clone(),
-                })
-                .unwrap();
-            let facet = transport.clone();
-            if token.is_none() {
-                token = Some(facet.collective().unwrap().create_token().await.unwrap());
-            }
-            let token = token.clone().unwrap();
-            devices.push(device);
-            joins.push(tokio::spawn(async move {
-                let spec = GroupSpec { token, rank, world_size: 2, epoch: Epoch(1) };
-                transport.collective().unwrap().join(spec, soon()).await.unwrap()
-            }));
-        }
-        let mut communicators = Vec::new();
-        for join in joins {
-            communicators.push(join.await.unwrap());
-        }
-        let mut events = Vec::new();
-        for (device, communicator) in devices.iter().zip(&mut communicators) {
-            use ckpt_core::device::DeviceBackend as _;
-            let memory = device.allocate(64).unwrap();
-            let stream = device.stream("test").unwrap();
-            let op = CollectiveOp { root: 0, buffer: BufferSlice::new(memory, 0..64).unwrap() };
-            events.push(communicator.queue.enqueue(vec![op], &stream).await.unwrap());
-        }
-        for event in events {
-            event.done(soon()).await.unwrap();
-        }
-        communicators
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_group_copies_where_all_can_and_uses_nccl_where_one_cannot() {
-        for (broken, path) in [(false, "Queue"), (true, "NcclQueue")] {
-            for communicator in group(broken).await {
-                let shown = format!("{:?}", communicator.queue);
-                assert!(shown.starts_with(path), "{broken}: {shown}");
-            }
         }
     }
 }
