@@ -134,6 +134,14 @@ impl Error {
         self
     }
 
+    /// The same with another value under `key`, if it has one: what a part counted by its own numbers.
+    pub fn renamed(mut self, key: Key, new: impl FnOnce(&str) -> String) -> Self {
+        if let Some((_, value)) = self.context.iter_mut().find(|(k, _)| *k == key) {
+            *value = new(value);
+        }
+        self
+    }
+
     /// Overrides what the driver may do next.
     pub fn recovery_is(mut self, recovery: Recovery) -> Self {
         self.recovery = recovery;
@@ -247,6 +255,9 @@ mod tests {
             .caused_by(io);
         assert_eq!(error.to_string(), "broadcast: the link to a peer broke [rank=3]: connection reset");
         assert_eq!(error.recovery(), Recovery::Rebuild);
+        let renamed =
+            error.clone().renamed(Key::Rank, |rank| format!("{rank}0")).renamed(Key::Peer, str::to_owned);
+        assert_eq!((renamed.get(Key::Rank), renamed.get(Key::Peer)), (Some("30"), None));
         let bytes = postcard::to_allocvec(&error.flattened()).unwrap();
         let back: Error = postcard::from_bytes(&bytes).unwrap();
         assert_eq!(back.kind(), ErrorKind::PeerLost);

@@ -1,13 +1,13 @@
 //! CUDA devices and the transports between NVIDIA GPUs: `cuda-ipc` copies inside a host, `nccl` broadcasts everywhere, and
-//! `cuda` takes the better one for each group.
+//! `cuda` copies inside hosts and broadcasts between them.
 //!
 //! Both libraries, the CUDA driver and NCCL, are opened at run time. Without them everything compiles and runs, and the
 //! probes say what is missing.
 
 mod communicator;
 mod config;
+mod cuda;
 pub mod device;
-mod either;
 mod error;
 mod ipc;
 mod library;
@@ -25,7 +25,7 @@ mod update_tests;
 use ckpt_core::transport::Registry;
 
 pub use config::NcclConfig;
-pub use either::{CudaTransport, CudaTransportProvider};
+pub use cuda::{CudaTransport, CudaTransportProvider};
 pub use ipc::{CudaIpcProvider, CudaIpcTransport};
 pub use transport::{NcclProvider, NcclTransport};
 

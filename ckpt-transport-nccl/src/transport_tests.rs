@@ -289,10 +289,7 @@ async fn the_transport_conforms() {
 
 #[test]
 fn a_machine_without_nccl_or_driver_gets_a_reason() {
-    let provider = crate::NcclProvider::with_config(
-        Default::default(),
-        NcclConfig { library: Some("/nowhere/libnccl.so.2".into()), ..NcclConfig::default() },
-    );
+    let provider = fake::provider_without_nccl();
     let Probe::Unavailable(why) = provider.probe() else { panic!("found a library that is not there") };
     assert!(why.contains("/nowhere/libnccl.so.2") && why.contains("CKPT_NCCL_LIBRARY"), "{why}");
 }

@@ -83,8 +83,9 @@ struct Job {
     _hub: Hub,
 }
 
-/// Ranks with a GPU each, and a share of a checkpoint of 3 MiB.
-async fn job(ranks: u32, ipc: bool) -> Job {
+/// Ranks on these hosts with a GPU each, and a share of a checkpoint of 3 MiB.
+async fn job(hosts: &[u64], ipc: bool) -> Job {
+    let ranks = hosts.len() as u32;
     let deadlines = Deadlines { dead_after: Duration::from_secs(60), ..Deadlines::default() };
     let (token, address) = (Token::new("a secret").unwrap(), HubAddress::new("127.0.0.1", 0));
     let hub = Hub::in_process(HubOptions {
@@ -96,7 +97,7 @@ async fn job(ranks: u32, ipc: bool) -> Job {
     });
     let source = Arc::new(CheckpointSource::generated(generate::qwen_shaped(3 << 20), 9));
     let mut servers = Vec::new();
-    for rank in 0..ranks {
+    for (rank, host) in (0..).zip(hosts) {
         let cell = DriverCell::of(if ipc { fake::driver() } else { fake::driver_without_ipc() });
         let device: Arc<dyn DeviceBackend> =
             Arc::new(CudaProvider::new(cell.clone()).open_cuda(rank).unwrap());
@@ -107,8 +108,8 @@ async fn job(ranks: u32, ipc: bool) -> Job {
             connections: 1,
             device: device.clone(),
         };
-        let provider =
-            CudaTransportProvider::of(CudaIpcProvider::new(cell), fake::provider(NcclConfig::default()));
+        let ipc = CudaIpcProvider::new(cell).on_host(*host);
+        let provider = CudaTransportProvider::of(ipc, fake::provider(NcclConfig::default()));
         let session =
             SessionConfig::new(address.clone(), "job", token.clone(), rank, ranks, deadlines).unwrap();
         let mut server = ParameterServer::new(ServerConfig {
@@ -183,7 +184,7 @@ impl Job {
 }
 
 async fn broadcast_and_p2p(ipc: bool) {
-    let mut job = job(3, ipc).await;
+    let mut job = job(&[1; 3], ipc).await;
     let all = job.update(1, &[]).await;
     assert!(all.iter().all(|report| !report.p2p && report.buckets > 4), "{all:?}");
     // Twice, with a broadcast between: the groups of all and of these two are both kept.
@@ -200,6 +201,21 @@ async fn broadcast_and_p2p(ipc: bool) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ranks_pull_into_pinned_memory_and_copy_to_each_other() {
     broadcast_and_p2p(true).await;
+}
+
+/// Five updates over one communicator: the ring is used again and again, and every rank passes bytes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ranks_of_two_hosts_copy_on_what_comes_along_their_rails() {
+    let mut job = job(&[1, 2, 2, 1], true).await;
+    for version in [1, 2, 4, 5] {
+        let all = job.update(version, &[]).await;
+        assert!(all.iter().all(|report| !report.p2p && report.buckets > 4), "{all:?}");
+        if version == 2 {
+            // These two are on one host, and copy.
+            let some = job.update(3, &[1, 2]).await;
+            assert!(some.iter().all(|report| report.p2p), "{some:?}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -297,8 +297,10 @@ class Update:
             reasons.append(errors[-1])
         return reasons
 
-    def path(self):
-        text = logged(self.ranks[0])
+    def path(self, rank=0):
+        text = logged(self.ranks[rank])
+        if "along rails over NCCL" in text:
+            return "rails"
         if "copies over CUDA IPC" in text:
             return "cuda-ipc"
         return "nccl" if "uses NCCL" in text else "one rank"
@@ -560,6 +562,56 @@ def auto_finds_the_best_path():
     for rank in range(MOST):
         workers.check(rank, folder)
     return f"both GPUs visible: auto took {update.path()}"
+
+
+def on_pretended_hosts(slow=()):
+    """Workers of two pretended hosts with two ranks each, on two GPUs. NCCL refuses two members of one group on one GPU, so
+    the hosts number them in opposite orders."""
+    if DEVICE != "cuda" or MOST < 2:
+        raise Skip("needs two GPUs")
+    place = [(0, "a"), (1, "a"), (1, "b"), (0, "b")]
+    environment = [{"CUDA_VISIBLE_DEVICES": str(gpu), "CKPT_PRETEND_HOST": host} for gpu, host in place]
+    return len(place), Workers(len(place), slow, environment=lambda rank: environment[rank])
+
+
+def along_rails(update, ranks):
+    paths = [update.path(rank) for rank in ranks]
+    expect(set(paths) == {"rails"}, f"the ranks took {paths}")
+
+
+@row
+def copies_inside_hosts_and_rails_between_them():
+    folder, _ = checkpoint("256")
+    reference(folder)
+    ranks, workers = on_pretended_hosts()
+    update = Update(workers, folder, ranks, ["--repeat", "3", "--bucket-mib", "32"])
+    found = update.succeeds()
+    along_rails(update, range(ranks))
+    held = [workers.check(rank, folder) for rank in range(ranks)]
+    return f"{ranks} ranks on 2 GPUs: copies and NCCL's rails, {held[0]} tensors right on each, {found['update_s']} s"
+
+
+@row
+def rails_end_when_a_parameter_server_is_killed():
+    folder, _ = checkpoint("256")
+    reference(folder)
+    ranks, workers = on_pretended_hosts(["--slow-ms", "300"])
+    Update(workers, folder, ranks).succeeds()
+    before = memory_used()
+    update = Update(workers, folder, ranks, ["--bucket-mib", "16"])
+    workers.in_the_middle(0)
+    killed = time.monotonic()
+    update.ranks[-1].kill()
+    reasons = update.fails(range(ranks - 1), killed)
+    took = time.monotonic() - killed
+    along_rails(update, range(ranks - 1))
+    update.ranks[-1].wait()
+    settles(before)
+    Update(workers, folder, ranks).succeeds()
+    for rank in range(ranks):
+        workers.check(rank, folder)
+    settles(before)
+    return f"the others ended after {took:.1f} s, memory is back, the next update is right: {reasons[0][:120]}"
 
 
 def conformance(name):

@@ -41,6 +41,12 @@ pub(crate) fn device(local_rank: u32) -> CudaDevice {
     CudaProvider::new(DriverCell::of(driver())).open_cuda(local_rank).unwrap()
 }
 
+/// A provider of the transport where there is no NCCL.
+pub(crate) fn provider_without_nccl() -> NcclProvider {
+    let library = Some(PathBuf::from("/nowhere/libnccl.so.2"));
+    NcclProvider::with_config(DriverCell::of(driver()), NcclConfig { library, ..NcclConfig::default() })
+}
+
 /// A provider of the transport on that driver.
 pub(crate) fn provider(config: NcclConfig) -> NcclProvider {
     let nccl = Nccl::start(nccl::functions(), PathBuf::from("fake")).unwrap();

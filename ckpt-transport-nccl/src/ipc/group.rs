@@ -36,27 +36,39 @@ pub(super) struct Member {
     pub(super) device: Arc<dyn DeviceBackend>,
     pub(super) context: Arc<Context>,
     pub(super) process: ProcessId,
+    pub(super) host: u64,
+}
+
+/// What a group waits for on this member.
+#[derive(Clone, Debug)]
+pub(crate) struct Behind {
+    /// Complete when nothing uses the ranges any more that this member receives.
+    pub(crate) free: Event,
+    /// Complete when the bytes are there that it sends.
+    pub(crate) ready: Event,
+    /// Who brought these bytes here: they count, and others are told of them, only if it is healthy after `ready`.
+    pub(crate) source: Option<Arc<dyn AbortHandle>>,
 }
 
 /// A group of broadcasts for the task.
 struct Job {
     ops: Vec<CollectiveOp>,
-    /// The stream's work before the group.
-    ready: Event,
+    behind: Behind,
     done: Done,
 }
 
 /// Starts the task of a connected group; it lives until its queue is dropped or the group is aborted, and then until all
 /// others have let go of this member's memory.
-pub(super) fn start(member: Member, heard: Heard<Message>) -> Result<Communicator> {
-    let Member { talk, device, context, process } = member;
+pub(super) fn start(member: Member, heard: Heard<Message>) -> Result<Queue> {
+    let Member { talk, device, context, process, host } = member;
     // Copies to different peers do not wait for each other.
     let streams = (0..talk.world_size()).map(|_| device.stream("push")).collect::<Result<Vec<_>>>()?;
-    let (lender, returns) = Lender::new(context.clone(), process);
+    let (lender, returns) = Lender::new(context.clone(), process, host);
     let (jobs, inbox) = mpsc::unbounded_channel();
     let task = Task {
         talk: talk.clone(),
         process,
+        host,
         streams,
         next: 0,
         groups: BTreeMap::new(),
@@ -69,12 +81,12 @@ pub(super) fn start(member: Member, heard: Heard<Message>) -> Result<Communicato
         _device: device,
     };
     tokio::spawn(task.run(inbox, heard, returns));
-    let queue = Queue { talk: talk.clone(), jobs };
-    Ok(Communicator { queue: Box::new(queue), abort: Arc::new(Abort(talk)) })
+    Ok(Queue { talk, jobs })
 }
 
+/// Where a group's broadcasts go.
 #[derive(Debug)]
-struct Queue {
+pub(crate) struct Queue {
     talk: Talk,
     jobs: mpsc::UnboundedSender<Job>,
 }
@@ -85,10 +97,19 @@ impl std::fmt::Debug for Job {
     }
 }
 
-#[async_trait]
-impl CommunicatorQueue for Queue {
-    /// Work that is put on `stream` later does not wait for the group: who needs its bytes waits for the event.
-    async fn enqueue(&mut self, ops: Vec<CollectiveOp>, stream: &Arc<dyn Stream>) -> Result<Event> {
+impl Queue {
+    /// The group's end.
+    pub(crate) fn abort_handle(&self) -> Arc<dyn AbortHandle> {
+        Arc::new(Abort(self.talk.clone()))
+    }
+
+    pub(crate) fn communicator(self) -> Communicator {
+        let abort = self.abort_handle();
+        Communicator { queue: Box::new(self), abort }
+    }
+
+    /// Enqueues a group that waits for `behind` instead of a stream.
+    pub(crate) fn enqueue_behind(&self, ops: Vec<CollectiveOp>, behind: Behind) -> Result<Event> {
         let ended = |talk: &Talk| {
             let cause = talk
                 .poisoned()
@@ -99,16 +120,31 @@ impl CommunicatorQueue for Queue {
             return ended(&self.talk);
         }
         ops.iter().try_for_each(|op| check_op(op, self.talk.world_size()))?;
-        if !matches!(stream.raw(), RawStream::Cuda(_)) {
-            let message = "this transport enqueues on CUDA streams only";
-            return Err(Error::new(ErrorKind::Unsupported, OPERATION, message));
-        }
         let (done, event) = GroupEvent::new();
-        match self.jobs.send(Job { ops, ready: stream.record()?, done }) {
+        match self.jobs.send(Job { ops, behind, done }) {
             Ok(()) => Ok(Event::new(event)),
             Err(_) => ended(&self.talk),
         }
     }
+}
+
+#[async_trait]
+impl CommunicatorQueue for Queue {
+    /// Work that is put on `stream` later does not wait for the group: who needs its bytes waits for the event.
+    async fn enqueue(&mut self, ops: Vec<CollectiveOp>, stream: &Arc<dyn Stream>) -> Result<Event> {
+        check_stream(stream)?;
+        let before = stream.record()?;
+        self.enqueue_behind(ops, Behind { free: before.clone(), ready: before, source: None })
+    }
+}
+
+/// A stream of another device would be taken for one of CUDA's.
+pub(crate) fn check_stream(stream: &Arc<dyn Stream>) -> Result<()> {
+    if matches!(stream.raw(), RawStream::Cuda(_)) {
+        return Ok(());
+    }
+    let message = "this transport enqueues on CUDA streams only";
+    Err(Error::new(ErrorKind::Unsupported, OPERATION, message))
 }
 
 /// Ends a group from any thread.
@@ -128,9 +164,9 @@ impl AbortHandle for Abort {
 /// A group that is not done here.
 struct Group {
     ops: Vec<CollectiveOp>,
-    ready: Event,
-    /// The work before it on its stream is over, as the host saw it.
-    is_ready: bool,
+    behind: Behind,
+    /// Its ranges are free, as the host saw it.
+    is_free: bool,
     /// No earlier group touches the same bytes any more.
     is_started: bool,
     is_offered: bool,
@@ -162,7 +198,7 @@ enum Mapping {
 
 /// What the task waits for besides messages.
 enum Step {
-    Ready(u64, Result<()>),
+    Free(u64, Result<()>),
     Pushed { group: u64, peer: u32, result: Result<()> },
     Opened { peer: u32, block: u64, result: Result<Arc<dyn Buffer>> },
     Closed { peer: u32, block: u64 },
@@ -172,6 +208,7 @@ enum Step {
 struct Task {
     talk: Talk,
     process: ProcessId,
+    host: u64,
     /// By peer.
     streams: Vec<Arc<dyn Stream>>,
     next: u64,
@@ -247,17 +284,17 @@ impl Task {
         let number = self.next;
         self.next += 1;
         let rank = self.talk.rank();
-        let Job { ops, ready, done } = job;
+        let Job { ops, behind, done } = job;
         let roots: BTreeSet<u32> = ops.iter().map(|op| op.root).collect();
         let peers = (0..self.talk.world_size()).filter(|peer| *peer != rank);
         let unpushed = if roots.contains(&rank) { peers.collect() } else { BTreeSet::new() };
         let unwritten = roots.into_iter().filter(|root| *root != rank).collect();
-        let waits = ready.clone();
-        self.tasks.spawn(async move { Step::Ready(number, waits.done(Instant::now() + LONG).await) });
+        let free = behind.free.clone();
+        self.tasks.spawn(async move { Step::Free(number, free.done(Instant::now() + LONG).await) });
         let group = Group {
             ops,
-            ready,
-            is_ready: false,
+            behind,
+            is_free: false,
             is_started: false,
             is_offered: false,
             unwritten,
@@ -268,22 +305,22 @@ impl Task {
             self.left.iter().copied().find(|p| group.unwritten.contains(p) || group.unpushed.contains(p));
         self.groups.insert(number, group);
         match gone {
-            Some(peer) => Err(gone_early(peer)),
+            Some(peer) => Err(gone_early(self.talk.name(peer))),
             None => self.advance(number),
         }
     }
 
     fn step(&mut self, step: Step) -> Result<()> {
         match step {
-            Step::Ready(number, result) => {
+            Step::Free(number, result) => {
                 result?;
                 if let Some(group) = self.groups.get_mut(&number) {
-                    group.is_ready = true;
+                    group.is_free = true;
                 }
                 self.advance(number)
             }
             Step::Pushed { group: number, peer, result } => {
-                result.map_err(|e| e.with(Key::Rank, self.talk.rank()))?;
+                result.map_err(|e| e.with(Key::Rank, self.talk.name(self.talk.rank())))?;
                 self.talk.send(peer, &Message::Written { group: number })?;
                 if let Some(group) = self.groups.get_mut(&number) {
                     group.unpushed.remove(&peer);
@@ -291,8 +328,8 @@ impl Task {
                 self.advance(number)
             }
             Step::Opened { peer, block, result } => {
-                let mapping =
-                    result.map_err(|e| e.with(Key::Rank, self.talk.rank()).with(Key::Peer, peer))?;
+                let (own, other) = (self.talk.name(self.talk.rank()), self.talk.name(peer));
+                let mapping = result.map_err(|e| e.with(Key::Rank, own).with(Key::Peer, other))?;
                 self.mappings.insert((peer, block), Mapping::Open(mapping));
                 let waiting: Vec<u64> =
                     self.offers.keys().filter(|(_, from)| *from == peer).map(|(group, _)| *group).collect();
@@ -307,9 +344,9 @@ impl Task {
         match message {
             Message::Lend(lent) => {
                 self.mappings.insert((peer, lent.block), Mapping::Opening);
-                let (context, process) = (self.context.clone(), self.process);
+                let (context, process, host) = (self.context.clone(), self.process, self.host);
                 self.tasks.spawn_blocking(move || {
-                    let result = lend::map(&context, &process, &lent);
+                    let result = lend::map(&context, (&process, host), &lent);
                     Step::Opened { peer, block: lent.block, result }
                 });
                 Ok(())
@@ -322,7 +359,7 @@ impl Task {
                 let expected =
                     self.groups.get_mut(&number).is_some_and(|group| group.unwritten.remove(&peer));
                 if !expected {
-                    return Err(differ(peer));
+                    return Err(differ(self.talk.name(peer)));
                 }
                 self.advance(number)
             }
@@ -356,7 +393,7 @@ impl Task {
         }
         self.offer(number)?;
         self.push(number)?;
-        let over = |group: &Group| group.is_ready && group.unwritten.is_empty() && group.unpushed.is_empty();
+        let over = |group: &Group| group.is_free && group.unwritten.is_empty() && group.unpushed.is_empty();
         if self.groups.get(&number).is_some_and(over)
             && let Some(group) = self.groups.remove(&number)
         {
@@ -372,7 +409,7 @@ impl Task {
     /// Offers this member's ranges, once nothing here uses them.
     fn offer(&mut self, number: u64) -> Result<()> {
         let Some(group) = self.groups.get_mut(&number) else { return Ok(()) };
-        if !group.is_ready || group.is_offered {
+        if !group.is_free || group.is_offered {
             return Ok(());
         }
         group.is_offered = true;
@@ -400,7 +437,7 @@ impl Task {
                 match self.mappings.get(&(peer, place.block)) {
                     Some(Mapping::Open(mapping)) => copies.push((place.op, lend::inside(mapping, place)?)),
                     Some(Mapping::Opening) => break,
-                    None => return Err(differ(peer)),
+                    None => return Err(differ(self.talk.name(peer))),
                 }
             }
             if copies.len() < places.iter().filter(|place| place.len_bytes > 0).count() {
@@ -409,18 +446,24 @@ impl Task {
             let own = (0..).zip(&group.ops).filter(|(_, op)| op.root == self.talk.rank());
             let same = own.clone().map(|(index, op)| (index, op.buffer.len_bytes()));
             if !same.eq(places.iter().map(|place| (place.op, place.len_bytes))) {
-                return Err(differ(peer));
+                return Err(differ(self.talk.name(peer)));
             }
             let stream = &self.streams[peer as usize];
-            stream.wait(&group.ready)?;
+            stream.wait(&group.behind.ready)?;
             let sources = own.filter(|(_, op)| op.buffer.len_bytes() > 0);
             for ((_, op), (_, place)) in sources.zip(copies) {
                 stream.copy(op.buffer.clone(), place)?;
             }
             let pushed = stream.record()?;
             self.offers.remove(&(number, peer));
+            let source = group.behind.source.clone();
             self.tasks.spawn(async move {
-                Step::Pushed { group: number, peer, result: pushed.done(Instant::now() + LONG).await }
+                let mut result = pushed.done(Instant::now() + LONG).await;
+                // A source that was aborted ends as if it had brought something.
+                if let (Ok(()), Some(source)) = (&result, source) {
+                    result = source.poisoned().map_or(Ok(()), Err);
+                }
+                Step::Pushed { group: number, peer, result }
             });
         }
         Ok(())
@@ -516,6 +559,7 @@ impl Task {
     }
 }
 
+/// `peer` as errors call it.
 fn differ(peer: u32) -> Error {
     let message = "members enqueued different operations in the same group";
     Error::new(ErrorKind::Corrupt, OPERATION, message).with(Key::Rank, peer)

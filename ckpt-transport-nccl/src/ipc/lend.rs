@@ -10,7 +10,6 @@ use ckpt_core::{
     device::{Buffer, BufferSlice, MemoryKind},
 };
 use tokio::sync::mpsc;
-use twox_hash::XxHash3_64;
 
 use super::message::{Lent, Place, ProcessId};
 use crate::device::{
@@ -23,6 +22,7 @@ use crate::device::{
 pub(super) struct Lender {
     context: Arc<Context>,
     process: ProcessId,
+    host: u64,
     next: u64,
     /// By address.
     blocks: HashMap<u64, LentBlock>,
@@ -42,11 +42,11 @@ impl Lender {
     pub(super) fn new(
         context: Arc<Context>,
         process: ProcessId,
+        host: u64,
     ) -> (Self, mpsc::UnboundedReceiver<Arc<Block>>) {
         let (to_us, returns) = mpsc::unbounded_channel();
-        let lender =
-            Self { context, process, next: 0, blocks: HashMap::new(), returned: BTreeMap::new(), to_us };
-        (lender, returns)
+        let (blocks, returned) = (HashMap::new(), BTreeMap::new());
+        (Self { context, process, host, next: 0, blocks, returned, to_us }, returns)
     }
 
     /// The place of `slice` for member `peer`, and what to tell it first if it does not know the block.
@@ -61,7 +61,7 @@ impl Lender {
                 self.next += 1;
                 let handle = memory::export(&self.context, base)?.to_vec();
                 loans::lend(base, self.to_us.clone());
-                let (host, process) = (host(), self.process);
+                let (host, process) = (self.host, self.process);
                 let lent = Lent { block: self.next, host, process, address: base, len_bytes, handle };
                 entry.insert(LentBlock { lent, told: BTreeSet::new() })
             }
@@ -125,17 +125,16 @@ unsafe impl Buffer for Neighbour {
     }
 }
 
-fn host() -> u64 {
-    let boot = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    XxHash3_64::oneshot(&boot)
-}
-
-/// Maps a block of another member. May take milliseconds.
-pub(super) fn map(context: &Arc<Context>, process: &ProcessId, lent: &Lent) -> Result<Arc<dyn Buffer>> {
+/// Maps a block of another member for this `process` on this `host`. May take milliseconds.
+pub(super) fn map(
+    context: &Arc<Context>,
+    (process, host): (&ProcessId, u64),
+    lent: &Lent,
+) -> Result<Arc<dyn Buffer>> {
     if lent.process == *process {
         return Ok(Arc::new(Neighbour { address: lent.address, len_bytes: lent.len_bytes }));
     }
-    if lent.host != host() {
+    if lent.host != host {
         let message = "CUDA IPC reaches GPUs of one host only; use --transport nccl";
         return Err(Error::new(ErrorKind::Unsupported, "map another rank's device memory", message));
     }

@@ -14,4 +14,6 @@ mod message;
 mod tests;
 mod transport;
 
+pub(crate) use group::{Behind, Queue, check_stream};
 pub use transport::{CudaIpcProvider, CudaIpcTransport};
+pub(crate) use transport::{FailUnlessDone, LONG};

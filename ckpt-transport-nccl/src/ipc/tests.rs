@@ -179,7 +179,7 @@ fn a_block_is_free_when_the_last_member_has_forgotten_it() {
     let raw = device.stream("test").unwrap();
     let ckpt_core::device::RawStream::Cuda(handle) = raw.raw() else { panic!("not CUDA") };
     let context = Context::of_stream(fake::driver(), handle).unwrap();
-    let (mut lender, mut returns) = Lender::new(context.clone(), [0; 16]);
+    let (mut lender, mut returns) = Lender::new(context.clone(), [0; 16], 0);
     let memory: Arc<dyn Buffer> = Arc::new(crate::device::DeviceMemory::allocate(&context, 1 << 20).unwrap());
     let at = memory.address();
     let slice = BufferSlice::new(memory.clone(), 256..1024).unwrap();

@@ -21,8 +21,25 @@ use crate::{
 const REFUSAL_TIME: Duration = Duration::from_secs(1);
 const READY: u8 = 1;
 
-/// Forms the group, or undoes everything by the deadline: sockets belong to this future until it is done.
-pub(super) async fn join(node: &Arc<Node>, spec: &GroupSpec, deadline: Instant) -> Result<Arc<Mesh>> {
+/// Forms the group, or undoes everything by the deadline: sockets belong to this future until it is done. Errors call
+/// member n `names[n]`, or n where there are no names.
+pub(super) async fn join(
+    node: &Arc<Node>,
+    spec: &GroupSpec,
+    names: &[u32],
+    deadline: Instant,
+) -> Result<Arc<Mesh>> {
+    let name = |rank: u32| names.get(rank as usize).copied().unwrap_or(rank);
+    let named = |error: Error| {
+        error
+            .renamed(Key::Rank, |rank| rank.parse().map_or_else(|_| rank.to_owned(), |n| name(n).to_string()))
+    };
+    let mut peers = meet(node, spec, deadline).await.map_err(named)?;
+    peers.iter_mut().for_each(|peer| peer.name = name(peer.rank));
+    Ok(Mesh::start(spec.rank, spec.world_size, peers))
+}
+
+async fn meet(node: &Arc<Node>, spec: &GroupSpec, deadline: Instant) -> Result<Vec<Peer>> {
     let token = Token::decode(&spec.token)?;
     let inbox = node.inbox(&token, spec.rank == 0)?;
     let world_size = spec.world_size as usize;
@@ -39,7 +56,7 @@ pub(super) async fn join(node: &Arc<Node>, spec: &GroupSpec, deadline: Instant) 
     let outcome = formed.unwrap_or_else(|_| Err(forming.timed_out()));
     let outcome = outcome.and_then(|()| forming.peers());
     match outcome {
-        Ok(peers) => Ok(Mesh::start(spec.rank, spec.world_size, peers)),
+        Ok(peers) => Ok(peers),
         Err(error) => {
             forming.give_up(&error).await;
             Err(error)
@@ -228,7 +245,8 @@ impl Forming<'_> {
             let address = control.peer_addr().map_err(super::wire::broken)?;
             let lanes = links.lanes.into_iter().collect::<Option<Vec<_>>>().ok_or_else(incomplete)?;
             let (control, gone) = (Arc::new(control), CancellationToken::new());
-            peers.push(Peer { rank: rank as u32, address, lanes, control, gone });
+            let rank = rank as u32;
+            peers.push(Peer { rank, name: rank, address, lanes, control, gone });
         }
         Ok(peers)
     }

@@ -2,7 +2,7 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
@@ -29,6 +29,8 @@ const REASON_TIME: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub(super) struct Peer {
     pub(super) rank: u32,
+    /// What errors call it.
+    pub(super) name: u32,
     pub(super) address: SocketAddr,
     pub(super) lanes: Vec<TcpStream>,
     pub(super) control: Arc<TcpStream>,
@@ -43,6 +45,8 @@ pub(super) struct Mesh {
     pub(super) world_size: u32,
     pub(super) peers: Vec<Peer>,
     pub(super) poison: Arc<Poison>,
+    /// Held from before there is a cause until the others have been told.
+    telling: Mutex<()>,
     ended: CancellationToken,
 }
 
@@ -54,6 +58,7 @@ impl Mesh {
             world_size,
             peers,
             poison: Arc::default(),
+            telling: Mutex::default(),
             ended: CancellationToken::new(),
         });
         for (index, peer) in mesh.peers.iter().enumerate() {
@@ -73,6 +78,7 @@ impl Mesh {
     /// Poisons the communicator, tells the others why, frees whoever waits. Answers the first cause.
     pub(super) fn fail(&self, cause: Error) -> Error {
         let cause = cause.flattened();
+        let _telling = self.telling();
         if self.poison.set(cause.clone()) {
             tracing::debug!(rank = self.rank, %cause, "a tcp group ends");
             self.tell(&Notice::Aborted(cause.clone()));
@@ -81,6 +87,12 @@ impl Mesh {
             }
         }
         self.poison.get().unwrap_or(cause)
+    }
+
+    /// Whoever closes connections because there is a cause takes this first: else the others may see only the end.
+    pub(super) fn telling(&self) -> MutexGuard<'_, ()> {
+        // Nothing that can panic runs under this lock.
+        self.telling.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The error for a lane that broke: the reason that came, or else this peer's death.
@@ -112,7 +124,7 @@ impl Drop for Mesh {
 
 pub(super) fn lost(peer: &Peer, message: &'static str) -> Error {
     Error::new(ErrorKind::PeerLost, "broadcast", message)
-        .with(Key::Rank, peer.rank)
+        .with(Key::Rank, peer.name)
         .with(Key::Peer, peer.address)
 }
 

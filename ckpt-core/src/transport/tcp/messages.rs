@@ -59,14 +59,16 @@ impl Messenger {
         token.encode()
     }
 
-    /// Joins; returns when all members are connected. What is heard is of type `T` on all members.
+    /// Joins; returns when all members are connected. What is heard is of type `T` on all members. Errors call member n
+    /// `names[n]`, or n where there are no names: this group may be a part of a larger one.
     pub async fn join<T: DeserializeOwned + Send + 'static>(
         &self,
         group: &GroupSpec,
+        names: &[u32],
         deadline: Instant,
     ) -> Result<(Talk, Heard<T>)> {
         check_spec(group)?;
-        let mesh = join::join(&self.node, group, deadline).await?;
+        let mesh = join::join(&self.node, group, names, deadline).await?;
         let mut outgoing: Vec<_> = (0..group.world_size).map(|_| None).collect();
         let (sender, messages) = mpsc::channel(WAITING);
         let mut readers = JoinSet::new();
@@ -76,7 +78,7 @@ impl Messenger {
             tokio::spawn(write(mesh.clone(), index, inbox));
             readers.spawn(read(mesh.clone(), index, sender.clone()));
         }
-        let talk = Talk { mesh, outgoing: Arc::new(Mutex::new(outgoing)) };
+        let talk = Talk { mesh, names: names.into(), outgoing: Arc::new(Mutex::new(outgoing)) };
         Ok((talk, Heard { messages, _readers: readers, _of: PhantomData }))
     }
 }
@@ -87,6 +89,7 @@ type Outgoing = Vec<Option<mpsc::UnboundedSender<Vec<u8>>>>;
 #[derive(Clone, Debug)]
 pub struct Talk {
     mesh: Arc<Mesh>,
+    names: Arc<[u32]>,
     /// By member; `None` for this one and for those that it has taken leave of.
     outgoing: Arc<Mutex<Outgoing>>,
 }
@@ -95,6 +98,11 @@ impl Talk {
     /// This member's number.
     pub fn rank(&self) -> u32 {
         self.mesh.rank
+    }
+
+    /// What errors call member `rank`.
+    pub fn name(&self, rank: u32) -> u32 {
+        self.names.get(rank as usize).copied().unwrap_or(rank)
     }
 
     /// Members.
@@ -198,6 +206,7 @@ async fn write(mesh: Arc<Mesh>, index: usize, mut inbox: mpsc::UnboundedReceiver
         // After an abort the lane is shut; the control connection tells the rest.
         broken = broken || socket::write_all(&peer.lanes[0], &message, &[]).await.is_err();
     }
+    let _telling = mesh.telling();
     if mesh.poison.get().is_none()
         && let Ok(bytes) = frame(&Notice::Left)
     {

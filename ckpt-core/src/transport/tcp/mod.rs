@@ -106,6 +106,6 @@ impl Collective for TcpTransport {
 
     async fn join(&self, group: GroupSpec, deadline: Instant) -> Result<Communicator> {
         check_spec(&group)?;
-        Ok(join::join(&self.node, &group, deadline).await?.communicator())
+        Ok(join::join(&self.node, &group, &[], deadline).await?.communicator())
     }
 }
