@@ -22,6 +22,7 @@ mod output;
 mod picture;
 mod policy;
 mod progress;
+mod signals;
 
 use std::{
     ffi::OsString,

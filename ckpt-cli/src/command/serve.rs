@@ -25,7 +25,6 @@ use ckpt_core::{
 use clap::{Args, ValueEnum};
 use serde_json::json;
 use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
     sync::{Semaphore, mpsc},
     task::JoinHandle,
 };
@@ -38,6 +37,7 @@ use crate::{
     job::{JobArgs, Rank, Reading},
     listen::{self, Listener},
     policy::PolicyArgs,
+    signals::Signals,
 };
 
 /// Requests that may wait for the one under way.
@@ -312,32 +312,4 @@ async fn tcp(
 
 fn invalid(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::ConfigInvalid, "start the parameter server", message)
-}
-
-/// The signals that ask for an orderly end.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    fn new() -> Result<Self> {
-        let listen_for = |kind| {
-            signal(kind).map_err(|error| {
-                Error::new(ErrorKind::Backend, "start the parameter server", "signals cannot be handled")
-                    .caused_by(error)
-            })
-        };
-        Ok(Self {
-            terminate: listen_for(SignalKind::terminate())?,
-            interrupt: listen_for(SignalKind::interrupt())?,
-        })
-    }
-
-    async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
-    }
 }
