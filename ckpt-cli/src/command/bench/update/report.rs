@@ -1,19 +1,18 @@
 //! What an update took, and how it is shown.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{path::Path, time::Duration};
 
-use anyhow::Context as _;
 use ckpt_core::{
     server::UpdateReport,
     update::trace::{Span, Stage, extent},
 };
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 
 use crate::{
     Output,
     machine::Machine,
     output::{Table, format_bytes},
+    timeline::{Piece, Timelines},
 };
 
 /// Seconds of one update.
@@ -115,18 +114,18 @@ pub(super) struct Measured {
     /// When `update` was called, microseconds since 1970.
     pub(super) began_us: u64,
     /// Stage, bucket, start and end in microseconds since `began_us`.
-    pub(super) spans: Vec<(String, Option<u32>, u64, u64)>,
+    pub(super) spans: Vec<(Stage, Option<u32>, u64, u64)>,
     /// Of each bucket: its bytes, and those of them that this rank brings to the group.
     pub(super) bucket_bytes: Vec<(u64, u64)>,
 }
 
 impl Measured {
     pub(super) fn of(report: &UpdateReport, began_us: u64) -> Self {
-        let spans = report.spans.iter().map(|span| {
-            let stage = serde_json::to_value(span.stage).ok();
-            let name = stage.as_ref().and_then(Value::as_str).unwrap_or("stage").to_owned();
-            (name, span.bucket, span.start.as_micros() as u64, span.end.as_micros() as u64)
-        });
+        let microseconds = |time: Duration| time.as_micros() as u64;
+        let spans = report
+            .spans
+            .iter()
+            .map(|span| (span.stage, span.bucket, microseconds(span.start), microseconds(span.end)));
         Self {
             times: Times::of(report),
             began_us,
@@ -230,34 +229,25 @@ impl Report {
 pub(super) fn write_trace(file: &Path, ranks: &[RankReport]) -> anyhow::Result<()> {
     let updates = || ranks.iter().flat_map(|rank| rank.updates.iter().chain(&rank.floor));
     let zero = updates().map(|update| update.began_us).min().unwrap_or(0);
-    let mut lanes: BTreeMap<&str, u64> = BTreeMap::new();
-    let mut events = Vec::new();
-    for (pid, rank) in ranks.iter().enumerate() {
-        events.push(json!({ "ph": "M", "name": "process_name", "pid": pid, "args": { "name": format!("rank {pid}") } }));
+    let mut timelines = Timelines::default();
+    for (number, rank) in (0..).zip(ranks) {
+        timelines.rank(number, &format!("rank {number}"));
         for update in rank.updates.iter().chain(&rank.floor) {
+            let at = update.began_us - zero;
             for (stage, bucket, start, end) in &update.spans {
-                let next = lanes.len() as u64;
-                let tid = *lanes.entry(stage).or_insert(next);
-                let name = bucket.map_or_else(|| stage.clone(), |bucket| format!("{stage} {bucket}"));
-                let at = update.began_us - zero + start;
-                events.push(
-                    json!({ "ph": "X", "name": name, "cat": stage, "pid": pid, "tid": tid, "ts": at, "dur": end - start }),
-                );
+                let (start_us, end_us) = (at + start, at + end);
+                let piece = Piece { stage: *stage, bucket: *bucket, start_us, end_us, complete: true };
+                timelines.piece(number, piece);
             }
         }
-        for (stage, tid) in &lanes {
-            events.push(
-                json!({ "ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": { "name": stage } }),
-            );
-        }
     }
-    let text = serde_json::to_string(&json!({ "displayTimeUnit": "ms", "traceEvents": events }))
-        .context("write the trace as JSON")?;
-    std::fs::write(file, text).with_context(|| format!("write the trace to {}", file.display()))
+    timelines.into_chrome().write(file)
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
 
     fn measured(total_s: f64, release_s: f64) -> Measured {
@@ -265,7 +255,7 @@ mod tests {
         Measured {
             times,
             began_us: 1_000,
-            spans: vec![("load".into(), Some(3), 5, 9)],
+            spans: vec![(Stage::Load, Some(3), 5, 9)],
             bucket_bytes: vec![(7, 7); 4],
         }
     }
