@@ -287,7 +287,8 @@ async fn a_server_writes_a_file_for_each_update() {
             let last = files.iter().rfind(|file| file.to_str().unwrap().ends_with(&end)).unwrap();
             let trace = Trace::read(last);
             assert_eq!((trace.attempts().len(), trace.failures().is_empty()), (1, well), "{last:?}");
-            assert!(trace.stage("reload", 1).is_some());
+            // One engine may fail before the other has its second bucket.
+            assert!(!well || trace.stage("reload", 1).is_some_and(|(_, end)| end.is_some()));
         }
     }
 }
