@@ -3,6 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use ckpt_core::{
+    device::usage::{DeviceUsage, FreeMemory},
     server::UpdateReport,
     update::trace::{Span, Stage, extent},
 };
@@ -146,6 +147,41 @@ pub(super) struct RankReport {
     pub(super) updates: Vec<Measured>,
     /// Updates with an empty checkpoint.
     pub(super) floor: Vec<Measured>,
+    /// Of the device, around the updates.
+    #[serde(default)]
+    pub(super) free: FreeMemory,
+}
+
+/// Device memory of one parameter server, bytes; each part that of the rank that takes most. The worker's is not in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Memory {
+    #[serde(flatten)]
+    usage: DeviceUsage,
+}
+
+impl Memory {
+    pub(super) fn of(ranks: &[RankReport], planned_ring_bytes: u64, kept: bool) -> Self {
+        let each = ranks.iter().map(|rank| rank.free.usage(planned_ring_bytes, kept));
+        let most = |a: DeviceUsage, b: DeviceUsage| DeviceUsage {
+            ring_bytes: a.ring_bytes.max(b.ring_bytes),
+            ring_measured: a.ring_measured && b.ring_measured,
+            group_bytes: a.group_bytes.max(b.group_bytes),
+            context_bytes: a.context_bytes.max(b.context_bytes),
+        };
+        Self { usage: each.reduce(most).unwrap_or_default() }
+    }
+
+    fn line(&self, transport: &str) -> String {
+        let DeviceUsage { ring_bytes, ring_measured, group_bytes, context_bytes } = self.usage;
+        let text = |bytes: Option<u64>| bytes.map_or_else(|| "unknown".to_owned(), format_bytes);
+        let how = if ring_measured { "measured" } else { "planned" };
+        format!(
+            "device memory of a rank: ring {} ({how}), group over {transport} {}, context {}",
+            format_bytes(ring_bytes),
+            text(group_bytes),
+            text(context_bytes)
+        )
+    }
 }
 
 /// The benchmark's result.
@@ -161,6 +197,8 @@ pub(super) struct Report {
     pub(super) buckets: u64,
     pub(super) bucket_bytes: u64,
     pub(super) ring_bytes: u64,
+    /// `None` on the host, where free memory is everybody's.
+    pub(super) memory: Option<Memory>,
     pub(super) load_s: f64,
     pub(super) gather_metas_s: f64,
     /// Of the slowest rank.
@@ -203,6 +241,9 @@ impl Report {
             self.h2d_limit_s,
             rates.join(", ")
         ));
+        if let Some(memory) = &self.memory {
+            output.line(memory.line(&self.transport));
+        }
         output.table(&self.table());
     }
 
@@ -246,6 +287,7 @@ pub(super) fn write_trace(file: &Path, ranks: &[RankReport]) -> anyhow::Result<(
 
 #[cfg(test)]
 mod tests {
+    use ckpt_core::device::usage::AroundUpdate;
     use serde_json::{Value, json};
 
     use super::*;
@@ -269,6 +311,25 @@ mod tests {
             all.iter().map(|t| (t.total_s, t.release_s)).collect::<Vec<_>>(),
             [(2.0, 5.0), (5.0, 2.0)]
         );
+    }
+
+    #[test]
+    fn memory_is_that_of_the_rank_that_takes_most() {
+        let rank = |context: u64, group: u64| {
+            let free = FreeMemory {
+                opened: Some((1 << 30, (1 << 30) - context)),
+                updates: vec![AroundUpdate { before: 900 << 20, prepared: None, after: (900 << 20) - group }],
+            };
+            RankReport { free, ..RankReport::default() }
+        };
+        let memory = Memory::of(&[rank(5 << 20, 3 << 20), rank(4 << 20, 9 << 20)], 7 << 20, false);
+        let line =
+            "device memory of a rank: ring 7.0 MiB (planned), group over nccl 9.0 MiB, context 5.0 MiB";
+        assert_eq!(memory.line("nccl"), line);
+        let unknown = Memory::of(&[RankReport::default()], 0, false).line("cuda");
+        assert!(unknown.contains("group over cuda unknown, context unknown"), "{unknown}");
+        let json = serde_json::to_value(memory).unwrap();
+        assert_eq!((&json["ring_bytes"], &json["context_bytes"]), (&json!(7 << 20), &json!(5 << 20)));
     }
 
     #[test]
