@@ -62,6 +62,13 @@ pub(crate) struct JobArgs {
     deadlines: DeadlineArgs,
 }
 
+impl JobArgs {
+    /// Whether the ring stays between updates.
+    pub(crate) fn keeps_ring(&self) -> bool {
+        self.keep_ring
+    }
+}
+
 /// Bad enough that most updates of some buckets meet a fault. Wrong bytes are for the digests to find, not for this.
 const CHAOS: ChaosConfig = ChaosConfig {
     seed: 0,

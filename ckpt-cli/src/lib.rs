@@ -7,6 +7,7 @@
 
 #[cfg(feature = "hccl")]
 mod ascend_worker;
+mod chrome;
 mod command;
 #[cfg(feature = "nccl")]
 mod cuda_worker;
@@ -22,6 +23,11 @@ mod output;
 mod picture;
 mod policy;
 mod progress;
+mod recorder;
+mod signals;
+mod timeline;
+mod trace_file;
+mod trace_folder;
 
 use std::{
     ffi::OsString,

@@ -14,7 +14,10 @@ use ckpt_core::{
     checkpoint::{CheckpointSource, LoadOptions, Pool, generate, load},
     control::{Hub, HubAddress, HubOptions, Session, SessionConfig, Token},
     deadlines::Deadlines,
-    device::{Buffer, DeviceBackend, Ring},
+    device::{
+        Buffer, DeviceBackend, DeviceConfig, DeviceProvider, Ring,
+        usage::{DeviceUsage, FreeMemory, MemoryWatch},
+    },
     plan::PlanLimits,
     server::{ParameterServer, ServerConfig, UpdateReport, UpdateRequest},
     sink::{Afterwards, BucketMessage, WeightSink},
@@ -85,6 +88,11 @@ struct Job {
 
 /// Ranks on these hosts with a GPU each, and a share of a checkpoint of 3 MiB.
 async fn job(hosts: &[u64], ipc: bool) -> Job {
+    job_on(0, hosts, ipc).await
+}
+
+/// The same from a certain GPU on.
+async fn job_on(first_device: u32, hosts: &[u64], ipc: bool) -> Job {
     let ranks = hosts.len() as u32;
     let deadlines = Deadlines { dead_after: Duration::from_secs(60), ..Deadlines::default() };
     let (token, address) = (Token::new("a secret").unwrap(), HubAddress::new("127.0.0.1", 0));
@@ -100,7 +108,7 @@ async fn job(hosts: &[u64], ipc: bool) -> Job {
     for (rank, host) in (0..).zip(hosts) {
         let cell = DriverCell::of(if ipc { fake::driver() } else { fake::driver_without_ipc() });
         let device: Arc<dyn DeviceBackend> =
-            Arc::new(CudaProvider::new(cell.clone()).open_cuda(rank).unwrap());
+            Arc::new(CudaProvider::new(cell.clone()).open_cuda(first_device + rank).unwrap());
         let config = TransportConfig {
             bind: std::net::Ipv4Addr::LOCALHOST.into(),
             runtime_dir: std::env::temp_dir(),
@@ -221,4 +229,97 @@ async fn ranks_of_two_hosts_copy_on_what_comes_along_their_rails() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ranks_pull_into_pinned_memory_and_broadcast_over_nccl() {
     broadcast_and_p2p(false).await;
+}
+
+/// Known amounts, each told apart: what the first update takes besides its ring is the group's, and what the worker takes
+/// meanwhile is nobody's here.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ring_group_and_context_are_told_apart() {
+    const FIRST: u32 = fake::FIRST_COUNTED as u32;
+    const WORKERS: u64 = 8 << 20;
+    let provider = fake::seen_provider();
+    let config = |rank| DeviceConfig { rank, local_rank: FIRST + rank, runtime_dir: std::env::temp_dir() };
+    let free = || [0, 1].map(|rank| provider.free_memory_bytes(&config(rank)).unwrap());
+    let before = free();
+    let mut job = job_on(FIRST, &[1; 2], false).await;
+    let opened = free();
+    let mut looked: Vec<FreeMemory> =
+        (0..2).map(|i| FreeMemory { opened: Some((before[i], opened[i])), updates: Vec::new() }).collect();
+    let mut workers: Vec<Arc<dyn Buffer>> = Vec::new();
+    let mut ring_bytes = 0;
+    for version in 1..=2 {
+        let mut watches = Vec::new();
+        let updates: Vec<_> = job
+            .servers
+            .iter_mut()
+            .map(|server| {
+                let watch = MemoryWatch::before(server.device().clone()).unwrap();
+                let sink = watch.over(Box::new(Holding));
+                watches.push(watch);
+                Box::pin(server.update(UpdateRequest {
+                    checkpoint: NAME.into(),
+                    version: Version(version),
+                    ranks: Vec::new(),
+                    sink: Some(sink),
+                    engine: None,
+                }))
+            })
+            .collect();
+        let reports = tokio_all(updates.into_iter()).await;
+        ring_bytes = reports.iter().map(|report| report.as_ref().unwrap().ring_bytes).max().unwrap();
+        // What a worker has taken by the end of its first update.
+        if version == 1 {
+            for rank in 0..2 {
+                let device = provider.open_cuda(FIRST + rank).unwrap();
+                workers.push(device.allocate(WORKERS).unwrap());
+            }
+        }
+        for (looked, watch) in looked.iter_mut().zip(watches) {
+            looked.updates.push(watch.after().unwrap());
+        }
+    }
+    for looked in looked {
+        assert_eq!(
+            looked.usage(1, false),
+            DeviceUsage {
+                // A block is a whole number of pages.
+                ring_bytes: ring_bytes.next_multiple_of(2 << 20),
+                ring_measured: true,
+                group_bytes: Some(fake::GROUP_BYTES),
+                context_bytes: Some(fake::CONTEXT_BYTES),
+            },
+            "{looked:?}"
+        );
+        assert_eq!(looked.updates[0].before - looked.updates[0].after, fake::GROUP_BYTES + WORKERS);
+    }
+}
+
+/// A worker that takes everything.
+struct Holding;
+
+#[async_trait::async_trait]
+impl WeightSink for Holding {
+    fn endpoint(&self) -> &str {
+        "holding"
+    }
+
+    async fn open(&mut self, _: &dyn Ring, _: Instant) -> Result<()> {
+        Ok(())
+    }
+
+    async fn deliver(&mut self, _: &BucketMessage, _: Instant) -> Result<()> {
+        Ok(())
+    }
+
+    async fn release(&mut self, _: Instant) -> Result<()> {
+        Ok(())
+    }
+
+    async fn finish(&mut self, _: Instant) -> Result<()> {
+        Ok(())
+    }
+
+    async fn fail(&mut self, _: &Error, _: Instant) -> Result<Afterwards> {
+        Ok(Afterwards::LetGo)
+    }
 }

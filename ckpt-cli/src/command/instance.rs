@@ -1,6 +1,6 @@
 //! What `ckpt update` and `ckpt join` have in common: the engines beside the ranks, and one update of them.
 
-use std::{collections::HashSet, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::HashSet, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use ckpt_core::{
@@ -17,10 +17,12 @@ use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    job::{JobArgs, Rank},
+    Context,
+    job::{JobArgs, Rank, Reading},
     output::format_bytes,
     policy::{PolicyArgs, after_failure},
     progress::Bar,
+    recorder::{Recorder, through_signals},
 };
 
 /// A time to wait, which may be nothing: at most a month.
@@ -70,6 +72,10 @@ pub(crate) struct InstanceArgs {
     /// For `--engine http`: path that resumes it
     #[arg(long, value_name = "PATH", requires = "http_pause_path")]
     http_resume_path: Option<String>,
+    /// Write every stage of every bucket to FILE, also when the update fails, for chrome://tracing or Perfetto. Where there
+    /// are several ranks each writes its own: `{rank}` stands for its number, which else comes before the extension
+    #[arg(long, value_name = "FILE")]
+    trace: Option<String>,
     #[command(flatten)]
     pub(crate) policy: PolicyArgs,
     #[command(flatten)]
@@ -186,6 +192,35 @@ pub(crate) fn layout(manifest: &Manifest) -> anyhow::Result<Arc<Layout>> {
 }
 
 impl InstanceArgs {
+    /// Joins the job, does `work` as its rank and leaves; the trace is written however that ends.
+    pub(crate) async fn run(
+        &self,
+        reading: Reading,
+        context: &Context,
+        work: impl AsyncFnOnce(&mut Rank, &mut Recorder) -> anyhow::Result<()>,
+    ) -> anyhow::Result<ExitCode> {
+        let mut recorder = Recorder::new(self.trace.as_deref())?;
+        let signals = recorder.signals()?;
+        let joined = Rank::start_reading(&self.job, &context.registry, reading).await;
+        let mut rank = match joined {
+            Ok(rank) => rank,
+            Err(error) => {
+                recorder.write(Vec::new(), Some(&error)).await;
+                return Err(error);
+            }
+        };
+        rank.server = rank.server.with_policy(self.policy.policy());
+        recorder.watch(&mut rank.server);
+        let (session, abort) = (rank.job.session.clone(), rank.server.deadlines().abort);
+        let result = match signals {
+            Some(signals) => through_signals(signals, session, abort, work(&mut rank, &mut recorder)).await,
+            None => work(&mut rank, &mut recorder).await,
+        };
+        recorder.write(rank.server.take_timelines(), result.as_ref().err()).await;
+        rank.end(result.is_ok()).await;
+        result.map(|()| ExitCode::SUCCESS)
+    }
+
     /// Collective over the job: `ranks` (all, if empty) update, the others wait for them.
     pub(crate) async fn update(
         &self,

@@ -14,6 +14,7 @@ use crate::{
     Context,
     job::{Rank, Reading},
     output::{Table, format_bytes},
+    recorder::Recorder,
 };
 
 /// Update new engines from the memory of a running instance, which goes on undisturbed
@@ -28,7 +29,7 @@ several hosts or with --bind.
 Examples:
   ckpt launch --nproc-per-node 4 -- ckpt join --metas /shared/metas.json --inference-parallel-size 4
   ckpt launch --nproc-per-node 8 -- ckpt join --metas http://10.0.0.7:8080 --endpoint http://localhost:8000
-  ckpt join --metas unix:/run/ckpt/rank-0.sock --inference-parallel-size 1 --json")]
+  ckpt join --metas unix:/run/ckpt/rank-0.sock --inference-parallel-size 1 --json --trace join.json")]
 pub(crate) struct JoinArgs {
     /// The sender's metas: a file, http://HOST:PORT of any of its `ckpt serve`, or unix:SOCKET; rank 0 reads them
     #[arg(long, value_name = "FILE|URL")]
@@ -67,11 +68,10 @@ pub(super) async fn join(
     context: &Context,
 ) -> anyhow::Result<ExitCode> {
     let reading = Reading { needed: true, secret: secret.clone() };
-    let mut rank = Rank::start_reading(&args.job, &context.registry, reading).await?;
-    rank.server = rank.server.with_policy(args.policy.policy());
-    let result = pull(source, secret, args, ranks, context, &mut rank).await;
-    rank.end(result.is_ok()).await;
-    result.map(|()| ExitCode::SUCCESS)
+    let work = async |rank: &mut Rank, recorder: &mut Recorder| {
+        pull(source, secret, args, ranks, context, rank, recorder).await
+    };
+    args.run(reading, context, work).await
 }
 
 async fn pull(
@@ -81,6 +81,7 @@ async fn pull(
     ranks: &[u32],
     context: &Context,
     rank: &mut Rank,
+    recorder: &mut Recorder,
 ) -> anyhow::Result<()> {
     let started = Instant::now();
     let token = secret.map_or_else(|| rank.job.session.secret(), Ok)?;
@@ -114,6 +115,7 @@ async fn pull(
         context.output.object(&summary)?;
     }
     if let Some(time) = args.sleep_time {
+        recorder.write(rank.server.take_timelines(), None).await;
         rank.serve(time).await?;
     }
     Ok(())

@@ -19,13 +19,12 @@ use std::{
 use ckpt_core::{
     Error, ErrorKind, Recovery, Result,
     checkpoint::Pool,
-    cluster::TOKEN_VARIABLE,
+    cluster::{ClusterEnv, TOKEN_VARIABLE},
     control::{Job, Session, Token},
 };
 use clap::{Args, ValueEnum};
 use serde_json::json;
 use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
     sync::{Semaphore, mpsc},
     task::JoinHandle,
 };
@@ -38,6 +37,9 @@ use crate::{
     job::{JobArgs, Rank, Reading},
     listen::{self, Listener},
     policy::PolicyArgs,
+    signals::Signals,
+    trace_file::ATTEMPTS_KEPT,
+    trace_folder::TraceFolder,
 };
 
 /// Requests that may wait for the one under way.
@@ -74,6 +76,10 @@ pub(crate) struct ServeArgs {
     /// File with the secret of the job whose metas are posted here, if it is not this job's
     #[arg(long, value_name = "FILE")]
     sender_token_file: Option<PathBuf>,
+    /// Write every stage of every bucket of each update into a file in this folder, also when it fails, for chrome://tracing
+    /// or Perfetto; the last 100 of each rank are kept
+    #[arg(long, value_name = "FOLDER")]
+    trace_dir: Option<PathBuf>,
     /// Time that a rank 0 which died gets to come back, with all checkpoints kept here; 0: this rank ends, too
     #[arg(long, default_value_t = 300, value_name = "SECONDS")]
     rejoin_timeout: u32,
@@ -91,9 +97,11 @@ pub(crate) async fn run(args: ServeArgs, context: &Context) -> anyhow::Result<Ex
     let signals = Signals::new()?;
     let allowed = AllowedPaths::new(&args.allow_path)?;
     let secret = args.sender_token_file.as_deref().map(Token::from_file).transpose()?;
+    let open = |folder: &Path| TraceFolder::open(folder, ClusterEnv::from_process()?.rank);
+    let traces = args.trace_dir.as_deref().map(open).transpose()?;
     let reading = Reading { needed: secret.is_some(), secret };
     let rank = Rank::start_reading(&args.job, &context.registry, reading).await?;
-    serve(args, context, rank, allowed, signals).await.map(|()| Exit::Success.into())
+    serve(args, context, rank, allowed, signals, traces).await.map(|()| Exit::Success.into())
 }
 
 async fn serve(
@@ -102,6 +110,7 @@ async fn serve(
     rank: Rank,
     allowed: AllowedPaths,
     signals: Signals,
+    traces: Option<TraceFolder>,
 ) -> anyhow::Result<()> {
     let Rank { job, server, transport, runtime_dir, .. } = rank;
     let job = Arc::new(job);
@@ -115,7 +124,10 @@ async fn serve(
         (None, Some(address)) => tcp(&here(address), &args, &job.session, &allowed).await?,
         (None, None) => return Err(invalid("choose where to listen with --uds or --listen").into()),
     };
-    let server = server.with_policy(args.policy.policy());
+    let mut server = server.with_policy(args.policy.policy());
+    if traces.is_some() {
+        server.keep_timelines(ATTEMPTS_KEPT);
+    }
     let address = listener.address().to_owned();
     let view = Arc::<View>::default();
     let (orders, queue) = mpsc::channel(QUEUE);
@@ -153,6 +165,7 @@ async fn serve(
         protocol: args.worker_protocol,
         check_workers: args.policy.verify().checks_workers(),
         view,
+        traces,
         layouts: HashMap::new(),
     };
     let abort_wait = actor.deadlines.abort + LOST_OR_ENDED;
@@ -312,32 +325,4 @@ async fn tcp(
 
 fn invalid(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::ConfigInvalid, "start the parameter server", message)
-}
-
-/// The signals that ask for an orderly end.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    fn new() -> Result<Self> {
-        let listen_for = |kind| {
-            signal(kind).map_err(|error| {
-                Error::new(ErrorKind::Backend, "start the parameter server", "signals cannot be handled")
-                    .caused_by(error)
-            })
-        };
-        Ok(Self {
-            terminate: listen_for(SignalKind::terminate())?,
-            interrupt: listen_for(SignalKind::interrupt())?,
-        })
-    }
-
-    async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
-    }
 }

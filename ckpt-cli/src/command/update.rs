@@ -19,6 +19,7 @@ use crate::{
     job::{Rank, Reading},
     output::{Table, format_bytes},
     progress::Bar,
+    recorder::Recorder,
 };
 
 /// Load a checkpoint and put it into running engines: run one process per inference worker
@@ -34,6 +35,7 @@ Examples:
       --http-template '{\"endpoints\": \"{{endpoints}}\"}'
   ckpt launch --nproc-per-node 2 -- ckpt update --checkpoint-path DIR --uds /run/engine-{rank}.sock --worker-protocol native \\
       --inference-parallel-size 1
+  ckpt launch --nproc-per-node 8 -- ckpt update --checkpoint-path DIR --trace trace.json     # trace-0.json to trace-7.json
   ckpt launch --nproc-per-node 8 -- ckpt update --checkpoint-path DIR --update-method p2p --ranks 4-7 \\
       --inference-parallel-size 4
   CKPT_TOKEN=... ckpt launch --nproc-per-node 8 -- ckpt update --checkpoint-path DIR --save-metas-file metas.json \\
@@ -128,11 +130,9 @@ pub(crate) async fn run(args: UpdateArgs, context: &Context) -> anyhow::Result<E
         return Err(wrong("a broadcast updates all ranks; use --update-method p2p with --ranks").into());
     }
     let reading = Reading { needed: pulls, secret: None };
-    let mut rank = Rank::start_reading(&args.instance.job, &context.registry, reading).await?;
-    rank.server = rank.server.with_policy(args.instance.policy.policy());
-    let result = update(&args, ranks, context, &mut rank).await;
-    rank.end(result.is_ok()).await;
-    result.map(|()| ExitCode::SUCCESS)
+    let work =
+        async |rank: &mut Rank, recorder: &mut Recorder| update(&args, ranks, context, rank, recorder).await;
+    args.instance.run(reading, context, work).await
 }
 
 fn wrong(message: impl Into<String>) -> Error {
@@ -144,6 +144,7 @@ async fn update(
     ranks: Vec<u32>,
     context: &Context,
     rank: &mut Rank,
+    recorder: &mut Recorder,
 ) -> anyhow::Result<()> {
     if let Some(high) = ranks.last().filter(|high| **high >= rank.world_size()) {
         return Err(wrong(format!("--ranks names rank {high} of a job of {}", rank.world_size())).into());
@@ -204,6 +205,7 @@ async fn update(
         report(args, context, rank, load_s, gather_metas_s, &done)?;
     }
     if let Some(time) = instance.sleep_time {
+        recorder.write(rank.server.take_timelines(), None).await;
         rank.serve(time).await?;
     }
     Ok(())

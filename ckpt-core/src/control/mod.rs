@@ -44,7 +44,6 @@ pub use hub_machine::{AttemptStatus, HubConfig, HubMachine, RankStatus};
 pub use job::{Job, JobOptions};
 pub use message::{CommunicatorChoice, Hello, Joining, Member, ToHub, ToRank};
 pub use server::{Hub, HubOptions, HubStatus};
-pub(crate) use session::host_name;
-pub use session::{Session, SessionConfig, SessionEvent, Updates};
+pub use session::{Session, SessionConfig, SessionEvent, Updates, host_name};
 pub use token::{PublishedToken, Token, TokenSource};
 pub use weights::{Decision, Installed, Mark, MarkKind, Weights};

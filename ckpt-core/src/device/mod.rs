@@ -4,6 +4,7 @@ mod buffer;
 pub mod host;
 pub mod poll;
 mod stream;
+pub mod usage;
 
 use std::{fmt, ops::Range, path::PathBuf, sync::Arc};
 
@@ -129,6 +130,11 @@ pub trait DeviceProvider: Send + Sync {
     fn kind(&self) -> &'static str;
     /// Looks without changing anything.
     fn probe(&self) -> Probe;
+    /// Free memory of the device that [`Self::open`] would open, bytes, without opening it; `None` where that cannot be seen.
+    fn free_memory_bytes(&self, config: &DeviceConfig) -> Option<u64> {
+        let _ = config;
+        None
+    }
     /// Opens the device of `config`.
     fn open(&self, config: &DeviceConfig) -> Result<Arc<dyn DeviceBackend>>;
 }

@@ -5,6 +5,7 @@ mod open;
 mod read;
 mod recovery;
 mod report;
+mod timelines;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -17,6 +18,7 @@ use tracing::Instrument as _;
 use self::{
     metas::Known,
     recovery::{Aftermath, Kept},
+    timelines::Timelines,
 };
 pub use self::{
     open::{OpenOptions, Opened, Reading, address_towards, open},
@@ -134,6 +136,7 @@ pub struct ParameterServer {
     last_version: Version,
     kept: Option<Kept>,
     may_be_mixed: bool,
+    timelines: Timelines,
 }
 
 impl ParameterServer {
@@ -166,6 +169,7 @@ impl ParameterServer {
             last_version: Version::default(),
             kept: None,
             may_be_mixed: false,
+            timelines: Timelines::default(),
         };
         // A hub that knows more of the worker than this process, which may be a restarted one, says so.
         server.report_weights();
@@ -408,7 +412,7 @@ impl ParameterServer {
             touched,
             finished,
         });
-        match outcome {
+        let result = match outcome {
             Outcome::Committed { failure: None } => Ok(UpdateReport::new(
                 request.version,
                 epoch,
@@ -431,7 +435,9 @@ impl ParameterServer {
             .recovery_is(Recovery::Fatal)
             .with(Key::Rank, self.rank)
             .caused_by(cause)),
-        }
+        };
+        self.timelines.add(name, request.version, epoch, &trace, result.as_ref().err());
+        result
     }
 }
 

@@ -18,7 +18,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::{
     Event,
     pull::Puller,
-    trace::{Stage, Trace},
+    trace::{OpenSpan, Stage, Trace},
 };
 use crate::{
     device::{Buffer, BufferSlice, DeviceBackend, Event as DeviceEvent, Ring, Stream},
@@ -34,8 +34,7 @@ struct InFlight {
     loading: Option<Loading>,
     /// Pulled bytes on their way from the host into the ring.
     staged: Option<DeviceEvent>,
-    exchanged: Option<DeviceEvent>,
-    start: Duration,
+    exchanged: Option<(DeviceEvent, OpenSpan)>,
     deadline: Instant,
 }
 
@@ -66,7 +65,7 @@ fn shifted(range: &Range<u64>, by: u64) -> Range<u64> {
 struct Loading {
     /// For each group of broadcasts: its bytes are in the ring.
     loaded: Vec<DeviceEvent>,
-    start: Duration,
+    span: OpenSpan,
 }
 
 /// How a pull ended: with what the exchange has still to wait for.
@@ -164,13 +163,7 @@ impl DeviceLane {
             inbox: exchange_inbox,
             in_flight,
         };
-        let watch = WatchTask {
-            plan: work.plan.clone(),
-            abort: abort.clone(),
-            trace: trace.clone(),
-            events,
-            inbox: watch_inbox,
-        };
+        let watch = WatchTask { plan: work.plan.clone(), abort: abort.clone(), events, inbox: watch_inbox };
         Ok(Self {
             rank: work.rank,
             plan: work.plan,
@@ -193,8 +186,7 @@ impl DeviceLane {
 
     /// Enqueues H2D of this rank's own segments of `bucket`, and asks for those that it pulls.
     pub(super) fn load(&mut self, bucket: u32) -> Result<()> {
-        let start = self.trace.now();
-        let (mut loaded, mut pulls) = (Vec::new(), false);
+        let (mut loaded, mut pulls, mut span) = (Vec::new(), false, None);
         let plan = self.plan.clone();
         for group in groups(&plan, bucket) {
             let mut any = false;
@@ -212,6 +204,7 @@ impl DeviceLane {
                     .with(Key::Rank, self.rank)
                     .with(Key::Bucket, bucket)
                 })?;
+                span.get_or_insert_with(|| self.trace.begin(Stage::Load, Some(bucket)));
                 let from = BufferSlice::new(arena.clone(), shifted(&range, segment.arena_offset))?;
                 let to = BufferSlice::new(self.memory.clone(), shifted(&range, segment.ring_offset))?;
                 self.h2d.copy(from, to)?;
@@ -221,8 +214,8 @@ impl DeviceLane {
                 loaded.push(self.h2d.record()?);
             }
         }
-        if !loaded.is_empty() {
-            self.loads.insert(bucket, Loading { loaded, start });
+        if let Some(span) = span {
+            self.loads.insert(bucket, Loading { loaded, span });
         }
         if let (Some(queue), true) = (&self.pulls, pulls) {
             let (done, pulled) = oneshot::channel();
@@ -295,9 +288,11 @@ impl PullTask {
             let (plan, puller, h2d) = (self.plan.clone(), self.puller.clone(), self.h2d.clone());
             let (trace, limit) = (self.trace.clone(), self.limit);
             self.pulling.spawn(stop.clone().run_until_cancelled_owned(async move {
-                let start = trace.now();
+                let span = trace.begin(Stage::Pull, Some(bucket));
                 let outcome = puller.pull(&plan.buckets[bucket as usize], bucket, &*h2d, limit, turn).await;
-                trace.end(Stage::Pull, Some(bucket), start);
+                if outcome.is_ok() {
+                    span.end();
+                }
                 // Nobody waits after an abort.
                 let _ = done.send(outcome);
             }));
@@ -345,10 +340,11 @@ impl ExchangeTask {
                 answer.and_then(std::result::Result::ok).unwrap_or_else(|| Err(stopped()))?
             }
         };
-        let start = self.trace.now();
         let deadline = Instant::now() + self.deadline;
         let mut exchanged = None;
         if let Some(queue) = &mut self.queue {
+            let span = self.trace.begin(Stage::Exchange, Some(exchange.bucket));
+            let mut last = None;
             if let Some(event) = &staged {
                 self.net.wait(event)?;
             }
@@ -369,24 +365,17 @@ impl ExchangeTask {
                     let buffer = BufferSlice::new(self.memory.clone(), shifted(&range, segment.ring_offset))?;
                     ops.push(CollectiveOp { root: root as u32, buffer });
                 }
-                exchanged = Some(queue.enqueue(ops, &self.net).await?);
+                last = Some(queue.enqueue(ops, &self.net).await?);
             }
+            exchanged = last.map(|event| (event, span));
         }
-        Ok(InFlight {
-            bucket: exchange.bucket,
-            loading: exchange.loading,
-            staged,
-            exchanged,
-            start,
-            deadline,
-        })
+        Ok(InFlight { bucket: exchange.bucket, loading: exchange.loading, staged, exchanged, deadline })
     }
 }
 
 struct WatchTask {
     plan: Arc<UpdatePlan>,
     abort: Option<Arc<dyn AbortHandle>>,
-    trace: Trace,
     events: mpsc::UnboundedSender<Event>,
     inbox: mpsc::UnboundedReceiver<InFlight>,
 }
@@ -410,26 +399,31 @@ impl WatchTask {
     }
 
     async fn complete(&self, in_flight: InFlight) -> Result<()> {
-        let bucket = Some(in_flight.bucket);
-        if let Some(Loading { loaded, start }) = &in_flight.loading {
+        if let Some(Loading { loaded, span }) = in_flight.loading {
             // The stream is a queue: the last one ends last.
             if let Some(last) = loaded.last() {
                 last.done(in_flight.deadline).await?;
             }
-            self.trace.end(Stage::Load, bucket, *start);
+            span.end();
         }
         if let Some(staged) = &in_flight.staged {
             staged.done(in_flight.deadline).await?;
         }
-        if let Some(exchanged) = &in_flight.exchanged {
+        let mut exchanging = None;
+        if let Some((exchanged, span)) = in_flight.exchanged {
             exchanged.done(in_flight.deadline).await?;
-            self.trace.end(Stage::Exchange, bucket, in_flight.start);
+            exchanging = Some(span);
         }
         // An aborted kernel ends normally and its event fires over garbage: a completion counts only if the
         // communicator is seen healthy after it.
         match self.abort.as_ref().and_then(|a| a.poisoned()) {
             Some(cause) => Err(cause),
-            None => Ok(()),
+            None => {
+                if let Some(span) = exchanging {
+                    span.end();
+                }
+                Ok(())
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ use super::{
     engine_lane::{EngineLane, Verdict},
     kept::KeptRing,
     pull::{Pull, Puller},
-    trace::{Stage, Trace},
+    trace::{OpenSpan, Stage, Trace},
     worker_lane::{Call, WorkerLane},
 };
 use crate::{
@@ -191,7 +191,7 @@ struct Driver {
 
 impl Driver {
     async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Event>, updates: &mut Updates) -> Ended {
-        let mut stage = (Stage::Join, self.attempt.trace.now());
+        let mut stage = Some(self.attempt.trace.begin(Stage::Join, None));
         let first_lease = lease(&self.attempt.trace, self.session.lease());
         self.machine.handle_event(first_lease, self.clock());
         let outcome = loop {
@@ -223,7 +223,7 @@ impl Driver {
         self.end(outcome).await
     }
 
-    fn heard(&mut self, event: SessionEvent, stage: &mut (Stage, Duration)) -> Option<Event> {
+    fn heard(&mut self, event: SessionEvent, stage: &mut Option<OpenSpan>) -> Option<Event> {
         let trace = &self.attempt.trace;
         let message = match event {
             SessionEvent::Message(message) => message,
@@ -234,18 +234,18 @@ impl Driver {
         };
         match message {
             ToRank::Begin { epoch, members, communicator } => {
-                trace.end(stage.0, None, stage.1);
+                over(stage);
                 self.epoch = Some(epoch);
                 self.cancelled.epoch = Some(epoch);
                 self.members = members.clone();
                 Some(Event::Begun { epoch, members, communicator })
             }
             ToRank::Go { epoch } => {
-                trace.end(stage.0, None, stage.1);
+                over(stage);
                 Some(Event::Go { epoch })
             }
             ToRank::Committed { epoch } => {
-                trace.end(stage.0, None, stage.1);
+                over(stage);
                 Some(Event::Committed { epoch })
             }
             ToRank::Closed { epoch, failure } => Some(Event::Closed { epoch, failure }),
@@ -259,12 +259,11 @@ impl Driver {
         }
     }
 
-    async fn perform(&mut self, action: Action, stage: &mut (Stage, Duration)) -> Result<()> {
-        let now = self.attempt.trace.now();
+    async fn perform(&mut self, action: Action, stage: &mut Option<OpenSpan>) -> Result<()> {
         match action {
             Action::Prepare { epoch, members, communicator } => self.prepare(epoch, &members, communicator),
             Action::SendReady { epoch, plan_digest } => {
-                *stage = (Stage::Go, now);
+                *stage = Some(self.attempt.trace.begin(Stage::Go, None));
                 self.session.send(&ToHub::Ready { epoch, plan_digest })?;
             }
             Action::StartEngine => self.start_engine()?,
@@ -298,7 +297,7 @@ impl Driver {
                 }
             }
             Action::SendLoaded { epoch } => {
-                *stage = (Stage::Commit, now);
+                *stage = Some(self.attempt.trace.begin(Stage::Commit, None));
                 self.covered()?;
                 self.session.send(&ToHub::Loaded { epoch })?;
             }
@@ -353,7 +352,7 @@ impl Driver {
         let deadline = Instant::now() + self.attempt.deadlines.ready;
         let trace = self.attempt.trace.clone();
         self.prepare = Some(tokio::spawn(async move {
-            let start = trace.now();
+            let preparing = trace.begin(Stage::Prepare, None);
             let (plan_ranks, planned) = (ranks.clone(), trace.clone());
             let plan_and_ring = tokio::task::spawn_blocking(move || -> Result<_> {
                 let plan = plan::plan(&PlanInput {
@@ -383,8 +382,9 @@ impl Driver {
             let (plan, ring, kept_ring, puller) = plan_and_ring.map_err(|e| {
                 Error::new(ErrorKind::Internal, "plan an update", "the planner panicked").caused_by(e)
             })??;
-            trace.end(Stage::Prepare, None, start);
-            Ok(Prepared { plan, ring, kept_ring, puller, group: group? })
+            let group = group?;
+            preparing.end();
+            Ok(Prepared { plan, ring, kept_ring, puller, group })
         }));
     }
 
@@ -444,6 +444,7 @@ impl Driver {
     /// Poison first, abort then, tell the worker last: nothing is published from a poisoned epoch.
     fn abort_local(&mut self, cause: Error) {
         self.aborted = true;
+        self.attempt.trace.failed();
         if let Some(prepare) = &self.prepare {
             prepare.abort();
         }
@@ -546,6 +547,13 @@ fn lease(trace: &Trace, sent_at: Instant) -> Event {
     let start = trace.start();
     let asked = CLOCK_START + sent_at.saturating_duration_since(start);
     Event::LeaseRenewed { asked: asked.saturating_sub(start.saturating_duration_since(sent_at)) }
+}
+
+/// Ends the stage that the others were waited for in.
+fn over(stage: &mut Option<OpenSpan>) {
+    if let Some(span) = stage.take() {
+        span.end();
+    }
 }
 
 fn out_of_order(operation: &'static str) -> Error {

@@ -73,8 +73,9 @@ impl EngineLane {
         let over = Instant::now() + deadlines.total;
         let (engine, told_of) = (call.engine.clone(), state.clone());
         let task = tokio::spawn(async move {
-            let start = trace.now();
+            let asking = trace.begin(Stage::Engine, None);
             let told = async {
+                let pausing = trace.begin(Stage::Pause, None);
                 engine.ready(ready).await?;
                 let paused = match pause {
                     None => false,
@@ -87,18 +88,18 @@ impl EngineLane {
                     told_of.asked.store(false, Ordering::Release);
                     say_that_it_serves(engine.name(), pause);
                 }
-                trace.end(Stage::Pause, None, start);
+                pausing.end();
                 told_of.sent.store(true, Ordering::Release);
                 engine.update(&request, over).await
             };
             let event = match told.await {
                 Ok(()) => {
                     told_of.done.store(true, Ordering::Release);
+                    asking.end();
                     Event::EngineDone
                 }
                 Err(cause) => Event::Failed { cause: cause.with(Key::Rank, rank) },
             };
-            trace.end(Stage::Engine, None, start);
             let _ = events.send(event);
         });
         Self { call, rank, state, task }

@@ -556,7 +556,7 @@ impl Puller {
         if parts.iter().any(|(_, into)| into.buffer().memory() == MemoryKind::Device) {
             return Ok(());
         }
-        let start = self.trace.now();
+        let checking = self.trace.begin(Stage::Check, Some(bucket));
         let mut jobs: Vec<(Arc<str>, u64, BufferSlice)> = Vec::new();
         for (segment, into) in parts {
             let before: usize =
@@ -591,8 +591,11 @@ impl Puller {
         let wrong = compared.await.map_err(|e| {
             Error::new(ErrorKind::Internal, OPERATION, "the comparison panicked").caused_by(e)
         })??;
-        self.trace.end(Stage::Check, Some(bucket), start);
-        let Some(name) = wrong else { return Ok(()) };
+        let Some(name) = wrong else {
+            checking.end();
+            return Ok(());
+        };
+        drop(checking);
         let whose = if self.pull.foreign { "the sender's rank" } else { "rank" };
         Err(Error::new(
             ErrorKind::Corrupt,

@@ -139,9 +139,9 @@ impl Lane {
         let Some(cause) = cause else {
             return Quarantine { worker_let_go: self.ring.is_none(), ring: self.ring };
         };
-        let start = self.trace.now();
+        let aborting = self.trace.begin(Stage::Abort, None);
         let told = self.sink.fail(&cause, Instant::now() + self.deadlines.abort).await;
-        self.trace.end(Stage::Abort, None, start);
+        aborting.end();
         if let Err(error) = &told {
             tracing::warn!(%error, "the worker could not be told of the failure");
         }
@@ -151,14 +151,20 @@ impl Lane {
     }
 
     async fn perform(&mut self, call: Call) -> Result<Event> {
-        let start = self.trace.now();
+        let (stage, bucket) = match &call {
+            Call::Open { .. } => (Stage::Open, None),
+            Call::Deliver { bucket } => (Stage::Reload, Some(*bucket)),
+            Call::Release => (Stage::Release, None),
+            Call::Finish => (Stage::PostHook, None),
+        };
+        let span = self.trace.begin(stage, bucket);
         let after = |limit: Duration| Instant::now() + limit;
-        let (stage, bucket, event) = match call {
+        let event = match call {
             Call::Open { ring, plan, manifest } => {
                 self.ring = Some(ring.clone());
                 self.layout = Some((plan, manifest));
                 self.sink.open(&*ring, after(self.deadlines.ready)).await?;
-                (Stage::Open, None, Event::SinkOpened)
+                Event::SinkOpened
             }
             Call::Deliver { bucket } => {
                 let (plan, manifest) = self.layout.as_ref().ok_or_else(|| {
@@ -167,19 +173,19 @@ impl Lane {
                 let message = plan::bucket_message(plan, bucket, manifest)?;
                 self.sink.deliver(&message, after(self.deadlines.bucket)).await?;
                 self.taken.fetch_add(message.tensors.len() as u64, Ordering::AcqRel);
-                (Stage::Reload, Some(bucket), Event::Acked { bucket })
+                Event::Acked { bucket }
             }
             Call::Release => {
                 self.sink.release(after(self.deadlines.release)).await?;
                 self.ring = None;
-                (Stage::Release, None, Event::Released)
+                Event::Released
             }
             Call::Finish => {
                 self.sink.finish(after(self.deadlines.release)).await?;
-                (Stage::PostHook, None, Event::PostHookDone)
+                Event::PostHookDone
             }
         };
-        self.trace.end(stage, bucket, start);
+        span.end();
         Ok(event)
     }
 

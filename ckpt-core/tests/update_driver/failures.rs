@@ -105,6 +105,43 @@ async fn a_worker_that_raises_fails_the_update_everywhere() {
     side_by_side(each).await;
 }
 
+/// What one wants to see after a failure: what each rank was at, and when it knew.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_timeline_of_a_failed_update_shows_what_was_cut_short() {
+    const BUCKET: u32 = 7;
+    for kind in KINDS {
+        let (mut cluster, mut workers, source) = prepared(Setup::new(kind, None, RANKS)).await;
+        cluster.ranks.iter_mut().for_each(|r| r.server.keep_timelines(2));
+        workers[VICTIM as usize].fault = Fault::Raise(At::Bucket(BUCKET));
+        let sinks = workers.iter().map(|w| Some(w.sink())).collect();
+        let failures = errors(cluster.update("model", 1, sinks, None).await);
+        cluster.update_well("model", 2, &source).await;
+        for (rank, failure) in (0..).zip(failures) {
+            let timelines = cluster.ranks[rank as usize].server.take_timelines();
+            let [failed, well] = timelines.as_slice() else { panic!("{timelines:?}") };
+            assert_eq!((failed.version, well.version), (Version(1), Version(2)));
+            assert!(well.failure.is_none() && well.spans.iter().all(|span| span.complete), "{well:?}");
+            let (at, error) = failed.failure.as_ref().unwrap();
+            assert_eq!((error.to_string(), *at <= failed.took), (failure.to_string(), true));
+            let reload = |bucket| {
+                failed.spans.iter().find(move |s| (s.stage, s.bucket) == (Stage::Reload, Some(bucket)))
+            };
+            if rank == VICTIM {
+                assert!(reload(BUCKET - 1).unwrap().complete);
+                assert!(!reload(BUCKET).unwrap().complete, "{failed:?}");
+                // The others may be ahead of it.
+                assert!(reload(BUCKET + 1).is_none(), "{failed:?}");
+            }
+            // Told the worker, and ended.
+            assert!(
+                failed.spans.iter().any(|span| span.stage == Stage::Abort && span.start >= *at),
+                "{failed:?}"
+            );
+            assert!(cluster.ranks[rank as usize].server.take_timelines().is_empty());
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_raises_on_the_adversarial_device() {
     let stages = [At::Open, At::Bucket(3), At::Bucket(11), At::Finish];

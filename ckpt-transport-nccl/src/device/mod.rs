@@ -9,6 +9,7 @@ mod driver;
 mod event;
 pub(crate) mod loans;
 pub(crate) mod memory;
+pub(crate) mod nvml;
 mod pieces;
 mod ring;
 mod stream;
@@ -44,20 +45,30 @@ pub use stream::CudaStream;
 #[derive(Clone, Debug, Default)]
 pub struct CudaProvider {
     driver: DriverCell,
+    /// In place of the installed one.
+    nvml: Option<&'static nvml::Functions>,
 }
 
 impl CudaProvider {
     /// A provider that uses `driver`.
     pub fn new(driver: DriverCell) -> Self {
-        Self { driver }
+        Self { driver, nvml: None }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn with_nvml(self, nvml: &'static nvml::Functions) -> Self {
+        Self { nvml: Some(nvml), ..self }
+    }
+
+    fn ordinal(&self, driver: &Driver, local_rank: u32) -> Result<u32> {
+        let restricted = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+        choose_device(local_rank, driver.device_count()?, restricted.as_deref())
     }
 
     /// Opens the device of `local_rank`, with the methods that the seam does not have.
     pub fn open_cuda(&self, local_rank: u32) -> Result<CudaDevice> {
         let driver = self.driver.driver()?;
-        let count = driver.device_count()?;
-        let restricted = std::env::var("CUDA_VISIBLE_DEVICES").ok();
-        let ordinal = choose_device(local_rank, count, restricted.as_deref())?;
+        let ordinal = self.ordinal(&driver, local_rank)?;
         CudaDevice::open(driver, ordinal)
     }
 }
@@ -98,6 +109,13 @@ impl DeviceProvider for CudaProvider {
             Ok(found) => Probe::Available(found),
             Err(error) => Probe::Unavailable(error.to_string()),
         }
+    }
+
+    fn free_memory_bytes(&self, config: &DeviceConfig) -> Option<u64> {
+        let driver = self.driver.driver().ok()?;
+        let ordinal = self.ordinal(&driver, config.local_rank).ok()?;
+        let (info, _) = describe(&driver, ordinal).ok()?;
+        self.nvml.or_else(nvml::installed)?.free_bytes(&info.uuid)
     }
 
     fn open(&self, config: &DeviceConfig) -> Result<Arc<dyn DeviceBackend>> {

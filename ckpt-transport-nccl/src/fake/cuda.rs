@@ -15,11 +15,17 @@ use std::{
 use rustix::mm::{self, Advice, MapFlags, MprotectFlags, ProtFlags};
 
 use crate::{
-    device::{Functions, IpcHandle},
+    device::{Functions, IpcHandle, nvml},
     table::Handle,
 };
 
 const DEVICES: i32 = 8;
+/// Devices from here on have a memory that runs low.
+pub(crate) const FIRST_COUNTED: i32 = 6;
+/// Of such a device.
+pub(crate) const CONTEXT_BYTES: u64 = 48 << 20;
+/// Of each communicator on such a device.
+pub(crate) const GROUP_BYTES: u64 = 20 << 20;
 const INVALID_VALUE: i32 = 1;
 const INVALID_CONTEXT: i32 = 201;
 const NOT_READY: i32 = 600;
@@ -31,6 +37,7 @@ type Job = Box<dyn FnOnce(&Context) + Send>;
 /// Errors are sticky, as on a device.
 struct Context {
     error: AtomicI32,
+    device: i32,
 }
 
 struct Stream {
@@ -52,6 +59,8 @@ struct World {
     events: BTreeMap<Handle, Arc<Event>>,
     /// Device blocks: address and length.
     device: BTreeMap<u64, u64>,
+    /// On which device each block is.
+    owners: BTreeMap<u64, i32>,
     registered: BTreeMap<u64, u64>,
 }
 
@@ -166,9 +175,9 @@ unsafe extern "C" fn device_attribute(value: *mut i32, _: i32, _: i32) -> i32 {
     0
 }
 
-unsafe extern "C" fn context_retain(context: *mut Handle, _: i32) -> i32 {
+unsafe extern "C" fn context_retain(context: *mut Handle, device: i32) -> i32 {
     let handle = next();
-    world().contexts.insert(handle, Arc::new(Context { error: AtomicI32::new(0) }));
+    world().contexts.insert(handle, Arc::new(Context { error: AtomicI32::new(0), device }));
     // SAFETY: the caller gives room for one handle.
     unsafe { *context = handle };
     0
@@ -195,15 +204,58 @@ unsafe extern "C" fn context_pop(context: *mut Handle) -> i32 {
 }
 
 unsafe extern "C" fn memory_info(free: *mut usize, total: *mut usize) -> i32 {
+    let Some(context) = current() else { return INVALID_CONTEXT };
     // SAFETY: the caller gives room for both.
-    unsafe { (*free, *total) = (1 << 30, 2 << 30) };
+    unsafe { (*free, *total) = (free_bytes(context.device) as usize, 2 << 30) };
+    0
+}
+
+/// Of the device: what is left beside its contexts, groups and blocks. Only the last devices count, which no other test
+/// uses.
+fn free_bytes(device: i32) -> u64 {
+    if device < FIRST_COUNTED {
+        return 1 << 30;
+    }
+    let groups = super::nccl::communicators_of(device) as u64;
+    let world = world();
+    let context = if world.contexts.values().any(|c| c.device == device) { CONTEXT_BYTES } else { 0 };
+    let blocks: u64 =
+        world.owners.iter().filter(|(_, d)| **d == device).map(|(at, _)| world.device[at]).sum();
+    (1 << 30) - context - groups * GROUP_BYTES - blocks
+}
+
+/// The device that is current on this thread.
+pub(super) fn current_device() -> Option<i32> {
+    current().map(|context| context.device)
+}
+
+/// The management library, whose handles are device numbers.
+pub(super) static NVML: nvml::Functions = nvml::Functions { init: nvml_init, by_uuid, memory: nvml_memory };
+
+unsafe extern "C" fn nvml_init() -> i32 {
+    0
+}
+
+unsafe extern "C" fn by_uuid(uuid: *const c_char, device: *mut Handle) -> i32 {
+    // SAFETY: the caller gives a terminated string.
+    let uuid = unsafe { CStr::from_ptr(uuid) }.to_string_lossy();
+    let Some(number) = uuid.strip_prefix("GPU-").and_then(|rest| rest.get(..2)?.parse().ok()) else {
+        return INVALID_VALUE;
+    };
+    // SAFETY: the caller gives room for one handle.
+    unsafe { *device = number };
+    0
+}
+
+unsafe extern "C" fn nvml_memory(device: Handle, memory: *mut nvml::RawMemory) -> i32 {
+    let (total, free) = (2 << 30, free_bytes(device as i32));
+    // SAFETY: the caller gives room for one struct.
+    unsafe { *memory = nvml::RawMemory { total, free, used: total - free } };
     0
 }
 
 unsafe extern "C" fn memory_alloc(address: *mut u64, len: usize) -> i32 {
-    if current().is_none() {
-        return INVALID_CONTEXT;
-    }
+    let Some(device) = current_device() else { return INVALID_CONTEXT };
     if len > 1 << 30 {
         return 2;
     }
@@ -216,12 +268,17 @@ unsafe extern "C" fn memory_alloc(address: *mut u64, len: usize) -> i32 {
     unsafe { std::ptr::write_bytes(block.cast::<u8>(), 0xAB, len.min(64 << 10)) };
     // SAFETY: the caller gives room for one address.
     unsafe { *address = block as u64 };
-    world().device.insert(block as u64, len as u64);
+    let mut world = world();
+    world.device.insert(block as u64, len as u64);
+    world.owners.insert(block as u64, device);
     0
 }
 
 unsafe extern "C" fn memory_free(address: u64) -> i32 {
-    let Some(len) = world().device.remove(&address) else { return INVALID_VALUE };
+    let mut world = world();
+    let Some(len) = world.device.remove(&address) else { return INVALID_VALUE };
+    world.owners.remove(&address);
+    drop(world);
     let block = address as *mut std::ffi::c_void;
     // The address is never used again, and whoever still touches it crashes.
     // SAFETY: the mapping is the fake's own.

@@ -7,7 +7,7 @@ mod nccl;
 
 use std::{path::PathBuf, sync::Arc};
 
-pub(crate) use cuda::{is_allocated, is_registered, stack_depth};
+pub(crate) use cuda::{CONTEXT_BYTES, FIRST_COUNTED, GROUP_BYTES, is_allocated, is_registered, stack_depth};
 pub(crate) use nccl::{fail_next_launch, live_communicators};
 
 use crate::{
@@ -45,6 +45,11 @@ pub(crate) fn device(local_rank: u32) -> CudaDevice {
 pub(crate) fn provider_without_nccl() -> NcclProvider {
     let library = Some(PathBuf::from("/nowhere/libnccl.so.2"));
     NcclProvider::with_config(DriverCell::of(driver()), NcclConfig { library, ..NcclConfig::default() })
+}
+
+/// A provider of devices whose free memory can be seen without opening them.
+pub(crate) fn seen_provider() -> CudaProvider {
+    CudaProvider::new(DriverCell::of(driver())).with_nvml(&cuda::NVML)
 }
 
 /// A provider of the transport on that driver.

@@ -39,6 +39,8 @@ struct Group {
 struct Communicator {
     group: Arc<Group>,
     rank: i32,
+    /// On which it was made.
+    device: Option<i32>,
     size: usize,
     /// What an asynchronous launch is about to say.
     state: AtomicI32,
@@ -86,6 +88,11 @@ pub(crate) fn fail_next_launch(id: &[u8], rank: i32) {
     }
 }
 
+/// Communicators on a device.
+pub(super) fn communicators_of(device: i32) -> usize {
+    LIVE.lock().unwrap().values().filter(|c| c.device == Some(device)).count()
+}
+
 fn find(communicator: Handle) -> Option<Arc<Communicator>> {
     LIVE.lock().unwrap().get(&communicator).cloned()
 }
@@ -117,6 +124,7 @@ unsafe extern "C" fn init(
     let new = Communicator {
         group,
         rank,
+        device: cuda::current_device(),
         size: size as usize,
         state: AtomicI32::new(0),
         aborted: AtomicBool::new(false),

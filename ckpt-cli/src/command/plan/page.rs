@@ -5,7 +5,6 @@ use std::{
     path::Path,
 };
 
-use anyhow::Context as _;
 use ckpt_core::predict::{LinkKind, Span, Step};
 use serde_json::json;
 
@@ -16,6 +15,7 @@ use super::{
     made::Made,
 };
 use crate::{
+    chrome::ChromeTrace,
     output::Table,
     picture::{Bar, Kind, Lane, Page, Rate, bandwidth, histogram, lanes, topology},
 };
@@ -128,27 +128,20 @@ fn flows(made: &Made) -> String {
 
 /// Writes the timeline as a Chrome trace: a process per device, a thread per step.
 pub(super) fn write_trace(made: &Made, file: &Path) -> anyhow::Result<()> {
-    let mut events = Vec::new();
+    let mut trace = ChromeTrace::default();
     let slots: BTreeSet<u32> = made.prediction.spans.iter().map(|span| span.slot).collect();
     for slot in slots {
-        let name = json!({ "name": format!("device {slot}") });
-        events.push(json!({ "ph": "M", "name": "process_name", "pid": slot, "args": name }));
+        trace.process(slot, &format!("device {slot}"));
         for step in [Step::Load, Step::Pull, Step::Exchange, Step::Reload] {
-            let name = json!({ "name": kind(step).label() });
-            events.push(
-                json!({ "ph": "M", "name": "thread_name", "pid": slot, "tid": step as u32, "args": name }),
-            );
+            trace.thread((slot, step as u32), kind(step).label());
         }
     }
     for span in &made.prediction.spans {
         let step = kind(span.step).label();
         let name = format!("{step} {}", span.bucket);
-        events.push(json!({
-            "ph": "X", "name": name, "cat": step, "pid": span.slot, "tid": span.step as u32,
-            "ts": span.start_s * 1e6, "dur": (span.end_s - span.start_s) * 1e6, "args": { "bytes": span.bytes },
-        }));
+        let at = (span.start_s * 1e6, (span.end_s - span.start_s) * 1e6);
+        let bytes = json!({ "bytes": span.bytes });
+        trace.span((span.slot, span.step as u32), &name, step, at, Some(bytes));
     }
-    let text = serde_json::to_string(&json!({ "displayTimeUnit": "ms", "traceEvents": events }))
-        .context("write the trace as JSON")?;
-    std::fs::write(file, text).with_context(|| format!("write the trace to {}", file.display()))
+    trace.write(file)
 }

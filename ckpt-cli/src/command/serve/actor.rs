@@ -22,7 +22,7 @@ use super::{
     body::UpdateBody,
     view::{CurrentMetas, Doing, Held, View},
 };
-use crate::{command::update::WorkerProtocol, policy::after_failure};
+use crate::{command::update::WorkerProtocol, policy::after_failure, trace_folder::TraceFolder};
 
 /// What checkpoint-engine posts to the URL of an update, for URLs whose engine is not known.
 const COLLECTIVE_RPC: &str =
@@ -67,6 +67,8 @@ pub(super) struct Actor {
     pub(super) check_workers: bool,
     pub(super) deadlines: Deadlines,
     pub(super) view: Arc<View>,
+    /// Where the timelines of updates go.
+    pub(super) traces: Option<TraceFolder>,
     /// What native workers are told, by the metas that it was made from.
     pub(super) layouts: HashMap<String, (Arc<Metas>, Arc<Layout>)>,
 }
@@ -172,6 +174,9 @@ impl Actor {
             Err(failure) => Err(self.recover(failure, &name, &metas, &body).await),
             report => report,
         };
+        if let Some(traces) = &mut self.traces {
+            traces.write(self.server.take_timelines()).await;
+        }
         {
             let (weights, kept) = (self.server.weights().clone(), self.server.kept_version());
             let mut state = self.view.lock();

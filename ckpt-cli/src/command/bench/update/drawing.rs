@@ -2,19 +2,30 @@
 
 use std::collections::BTreeMap;
 
+use ckpt_core::update::trace::Stage;
+
 use super::report::{Measured, RankReport, Report};
-use crate::picture::{Bar, Kind, Lane, Page, Rate, bandwidth, histogram, lanes};
+use crate::{
+    picture::{Bar, Kind, Lane, Page, Rate, bandwidth, histogram, lanes},
+    timeline::stage_name,
+};
 
 /// Lanes that are drawn.
 const LANES: usize = 16;
 
-fn kind(stage: &str) -> Option<Kind> {
+fn kind(stage: Stage) -> Option<Kind> {
     match stage {
-        "load" => Some(Kind::Load),
-        "pull" => Some(Kind::Pull),
-        "exchange" => Some(Kind::Exchange),
-        "reload" => Some(Kind::Reload),
-        "join" | "prepare" | "go" | "open" | "commit" | "release" | "post_hook" => Some(Kind::Other),
+        Stage::Load => Some(Kind::Load),
+        Stage::Pull => Some(Kind::Pull),
+        Stage::Exchange => Some(Kind::Exchange),
+        Stage::Reload => Some(Kind::Reload),
+        Stage::Join
+        | Stage::Prepare
+        | Stage::Go
+        | Stage::Open
+        | Stage::Commit
+        | Stage::Release
+        | Stage::PostHook => Some(Kind::Other),
         _ => None,
     }
 }
@@ -32,15 +43,19 @@ pub(super) fn draw(page: &mut Page, report: &Report, ranks: &[RankReport]) {
     let lane = |(rank, update): &(usize, &Measured)| {
         let offset = (update.began_us - zero) as f64;
         let bars = update.spans.iter().filter_map(|(stage, bucket, start, end)| {
-            let name = bucket.map_or_else(|| stage.clone(), |bucket| format!("{stage} of bucket {bucket}"));
+            let stage_name = stage_name(*stage);
+            let name = match bucket {
+                Some(bucket) => format!("{stage_name} of bucket {bucket}"),
+                None => stage_name,
+            };
             let at = |us: u64| (offset + us as f64) / 1e6;
-            Some(Bar { kind: kind(stage)?, start: at(*start), end: at(*end), name })
+            Some(Bar { kind: kind(*stage)?, start: at(*start), end: at(*end), name })
         });
         Lane { name: format!("rank {rank}"), bars: bars.collect() }
     };
     page.drawing(&lanes(&last.iter().take(LANES).map(lane).collect::<Vec<_>>(), &[]));
     page.heading("Bandwidth over time");
-    let rate = |stage: &str, name: &str, own: bool, of: &[(usize, &Measured)]| {
+    let rate = |stage: Stage, name: &str, own: bool, of: &[(usize, &Measured)]| {
         let moved = of.iter().flat_map(|(_, update)| {
             let offset = (update.began_us - zero) as f64 / 1e6;
             update.spans.iter().filter(move |span| span.0 == stage).filter_map(
@@ -55,9 +70,9 @@ pub(super) fn draw(page: &mut Page, report: &Report, ranks: &[RankReport]) {
     };
     let first = &last[..1];
     let rates = [
-        rate("load", "H2D of all ranks", true, &last),
-        rate("exchange", "into rank 0", false, first),
-        rate("reload", "worker of rank 0", false, first),
+        rate(Stage::Load, "H2D of all ranks", true, &last),
+        rate(Stage::Exchange, "into rank 0", false, first),
+        rate(Stage::Reload, "worker of rank 0", false, first),
     ];
     page.drawing(&bandwidth(&rates.into_iter().filter(|rate| !rate.moved.is_empty()).collect::<Vec<_>>()));
     page.heading("Buckets");

@@ -75,6 +75,9 @@ pub(crate) struct BenchUpdateArgs {
     /// native workers are handed
     #[arg(long, value_enum, default_value_t = Verify::None, value_name = "WHICH")]
     verify: Verify,
+    /// Seconds between two heartbeats of a rank: what they cost is seen with many
+    #[arg(long, hide = true, value_name = "SECONDS")]
+    heartbeat: Option<f64>,
     /// Write every stage of every bucket to FILE, for chrome://tracing or Perfetto
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -302,6 +305,7 @@ fn rank_line(args: &BenchUpdateArgs, scratch: &Path) -> Vec<String> {
     tell("uds", sockets);
     let optional = [
         ("bucket-mib", args.bucket_mib.map(|mib| mib.to_string())),
+        ("heartbeat", args.heartbeat.map(|seconds| seconds.to_string())),
         ("trace", args.trace.as_ref().map(|file| file.display().to_string())),
         ("csv", args.files.csv.as_ref().map(|file| file.display().to_string())),
         ("html", args.files.html.as_ref().map(|file| file.display().to_string())),

@@ -11,7 +11,11 @@ use bytes::Bytes;
 use ckpt_core::{
     Error, ErrorKind, Version,
     checkpoint::{CheckpointSource, DigestAlgorithm, LoadOptions, Pool, RegisteredCheckpoint, load},
-    device::{BufferSlice, DeviceBackend},
+    cluster::ClusterEnv,
+    device::{
+        BufferSlice, DeviceBackend, DeviceConfig, runtime_dir,
+        usage::{AroundUpdate, MemoryWatch},
+    },
     engine::{EngineConfig, create},
     server::{UpdateReport, UpdateRequest},
     sink::{CheckpointEngineSink, Layout, NativeSink, NativeSinkConfig, WeightSink, WireVersion},
@@ -22,7 +26,7 @@ use clap::Args;
 use super::{
     WorkerKind,
     drawing::draw,
-    report::{Measured, RankReport, Report, Times, slowest, write_trace},
+    report::{Measured, Memory, RankReport, Report, Times, slowest, write_trace},
 };
 use crate::{
     Context,
@@ -79,14 +83,30 @@ pub(crate) async fn run_rank(args: RankArgs, context: &Context) -> anyhow::Resul
 
 /// The answer is on rank 0.
 pub(super) async fn measure_rank(args: &RankArgs, context: &Context) -> anyhow::Result<Option<Report>> {
+    let unopened = free_memory(args, context);
     let mut rank = Rank::start(&args.job, &context.registry).await?;
-    let result = measure(args, context, &mut rank).await;
+    let opened = unopened.zip(free_memory(args, context));
+    let result = measure(args, context, &mut rank, opened).await;
     rank.end(result.is_ok()).await;
     result
 }
 
-async fn measure(args: &RankArgs, context: &Context, rank: &mut Rank) -> anyhow::Result<Option<Report>> {
+/// Free memory of this rank's device as others see it, whether this process has opened it or not.
+fn free_memory(args: &RankArgs, context: &Context) -> Option<u64> {
+    let ClusterEnv { rank, local_rank, .. } = ClusterEnv::from_process().ok()?;
+    let config = DeviceConfig { rank, local_rank, runtime_dir: runtime_dir().ok()? };
+    let provider = context.registry.devices().find(|provider| provider.kind() == args.job.device)?;
+    provider.free_memory_bytes(&config)
+}
+
+async fn measure(
+    args: &RankArgs,
+    context: &Context,
+    rank: &mut Rank,
+    opened: Option<(u64, u64)>,
+) -> anyhow::Result<Option<Report>> {
     let mut mine = RankReport::default();
+    mine.free.opened = opened;
     let device = rank.server.device().clone();
     let (number, world_size) = (rank.rank(), rank.world_size());
     let digests = args.verify.digests();
@@ -121,8 +141,9 @@ async fn measure(args: &RankArgs, context: &Context, rank: &mut Rank) -> anyhow:
 
     let mut last: Option<UpdateReport> = None;
     for i in 0..args.iterations {
-        let (measured, report) = update(args, rank, WEIGHTS, Some(&layout), i as u64 + 1).await?;
+        let (measured, report, free) = update(args, rank, WEIGHTS, Some(&layout), i as u64 + 1).await?;
         mine.updates.push(measured);
+        mine.free.updates.extend(free);
         last = Some(report);
     }
     for i in 0..args.floor_iterations {
@@ -154,6 +175,8 @@ async fn measure(args: &RankArgs, context: &Context, rank: &mut Rank) -> anyhow:
         buckets: last.buckets,
         bucket_bytes: last.bucket_bytes,
         ring_bytes: last.ring_bytes,
+        memory: (rank.server.device().kind() != "host")
+            .then(|| Memory::of(&ranks, last.ring_bytes, args.job.keeps_ring())),
         load_s: most(|rank| rank.load_s),
         gather_metas_s: most(|rank| rank.gather_metas_s),
         h2d_limit_s: limit_s,
@@ -198,9 +221,9 @@ async fn update(
     checkpoint: &str,
     layout: Option<&Arc<Layout>>,
     version: u64,
-) -> anyhow::Result<(Measured, UpdateReport)> {
+) -> anyhow::Result<(Measured, UpdateReport, Option<AroundUpdate>)> {
     let uuid = &rank.server.device().info().uuid;
-    let sink: Option<Box<dyn WeightSink>> = match args.worker {
+    let mut sink: Option<Box<dyn WeightSink>> = match args.worker {
         WorkerKind::None => None,
         WorkerKind::Native => {
             let metas = rank.server.metas_of(checkpoint).filter(|_| args.verify.checks_workers());
@@ -227,6 +250,15 @@ async fn update(
     };
     // So that joining is not what is measured.
     rank.collect("start", Bytes::new()).await?;
+    let device = rank.server.device().clone();
+    // Free memory of the host is everybody's.
+    let watch = match device.kind() {
+        "host" => None,
+        _ => Some(MemoryWatch::before(device)?),
+    };
+    if let Some(watch) = &watch {
+        sink = sink.map(|sink| watch.over(sink));
+    }
     let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let request = UpdateRequest {
         checkpoint: checkpoint.to_owned(),
@@ -236,7 +268,8 @@ async fn update(
         engine,
     };
     let report = rank.server.update(request).await?;
-    Ok((Measured::of(&report, began.as_micros() as u64), report))
+    let free = watch.map(MemoryWatch::after).transpose()?;
+    Ok((Measured::of(&report, began.as_micros() as u64), report, free))
 }
 
 fn lost(what: &str) -> Error {

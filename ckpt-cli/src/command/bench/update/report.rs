@@ -1,19 +1,19 @@
 //! What an update took, and how it is shown.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{path::Path, time::Duration};
 
-use anyhow::Context as _;
 use ckpt_core::{
+    device::usage::{DeviceUsage, FreeMemory},
     server::UpdateReport,
     update::trace::{Span, Stage, extent},
 };
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 
 use crate::{
     Output,
     machine::Machine,
     output::{Table, format_bytes},
+    timeline::{Piece, Timelines},
 };
 
 /// Seconds of one update.
@@ -115,18 +115,18 @@ pub(super) struct Measured {
     /// When `update` was called, microseconds since 1970.
     pub(super) began_us: u64,
     /// Stage, bucket, start and end in microseconds since `began_us`.
-    pub(super) spans: Vec<(String, Option<u32>, u64, u64)>,
+    pub(super) spans: Vec<(Stage, Option<u32>, u64, u64)>,
     /// Of each bucket: its bytes, and those of them that this rank brings to the group.
     pub(super) bucket_bytes: Vec<(u64, u64)>,
 }
 
 impl Measured {
     pub(super) fn of(report: &UpdateReport, began_us: u64) -> Self {
-        let spans = report.spans.iter().map(|span| {
-            let stage = serde_json::to_value(span.stage).ok();
-            let name = stage.as_ref().and_then(Value::as_str).unwrap_or("stage").to_owned();
-            (name, span.bucket, span.start.as_micros() as u64, span.end.as_micros() as u64)
-        });
+        let microseconds = |time: Duration| time.as_micros() as u64;
+        let spans = report
+            .spans
+            .iter()
+            .map(|span| (span.stage, span.bucket, microseconds(span.start), microseconds(span.end)));
         Self {
             times: Times::of(report),
             began_us,
@@ -147,6 +147,41 @@ pub(super) struct RankReport {
     pub(super) updates: Vec<Measured>,
     /// Updates with an empty checkpoint.
     pub(super) floor: Vec<Measured>,
+    /// Of the device, around the updates.
+    #[serde(default)]
+    pub(super) free: FreeMemory,
+}
+
+/// Device memory of one parameter server, bytes; each part that of the rank that takes most. The worker's is not in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Memory {
+    #[serde(flatten)]
+    usage: DeviceUsage,
+}
+
+impl Memory {
+    pub(super) fn of(ranks: &[RankReport], planned_ring_bytes: u64, kept: bool) -> Self {
+        let each = ranks.iter().map(|rank| rank.free.usage(planned_ring_bytes, kept));
+        let most = |a: DeviceUsage, b: DeviceUsage| DeviceUsage {
+            ring_bytes: a.ring_bytes.max(b.ring_bytes),
+            ring_measured: a.ring_measured && b.ring_measured,
+            group_bytes: a.group_bytes.max(b.group_bytes),
+            context_bytes: a.context_bytes.max(b.context_bytes),
+        };
+        Self { usage: each.reduce(most).unwrap_or_default() }
+    }
+
+    fn line(&self, transport: &str) -> String {
+        let DeviceUsage { ring_bytes, ring_measured, group_bytes, context_bytes } = self.usage;
+        let text = |bytes: Option<u64>| bytes.map_or_else(|| "unknown".to_owned(), format_bytes);
+        let how = if ring_measured { "measured" } else { "planned" };
+        format!(
+            "device memory of a rank: ring {} ({how}), group over {transport} {}, context {}",
+            format_bytes(ring_bytes),
+            text(group_bytes),
+            text(context_bytes)
+        )
+    }
 }
 
 /// The benchmark's result.
@@ -162,6 +197,8 @@ pub(super) struct Report {
     pub(super) buckets: u64,
     pub(super) bucket_bytes: u64,
     pub(super) ring_bytes: u64,
+    /// `None` on the host, where free memory is everybody's.
+    pub(super) memory: Option<Memory>,
     pub(super) load_s: f64,
     pub(super) gather_metas_s: f64,
     /// Of the slowest rank.
@@ -204,6 +241,9 @@ impl Report {
             self.h2d_limit_s,
             rates.join(", ")
         ));
+        if let Some(memory) = &self.memory {
+            output.line(memory.line(&self.transport));
+        }
         output.table(&self.table());
     }
 
@@ -230,34 +270,26 @@ impl Report {
 pub(super) fn write_trace(file: &Path, ranks: &[RankReport]) -> anyhow::Result<()> {
     let updates = || ranks.iter().flat_map(|rank| rank.updates.iter().chain(&rank.floor));
     let zero = updates().map(|update| update.began_us).min().unwrap_or(0);
-    let mut lanes: BTreeMap<&str, u64> = BTreeMap::new();
-    let mut events = Vec::new();
-    for (pid, rank) in ranks.iter().enumerate() {
-        events.push(json!({ "ph": "M", "name": "process_name", "pid": pid, "args": { "name": format!("rank {pid}") } }));
+    let mut timelines = Timelines::default();
+    for (number, rank) in (0..).zip(ranks) {
+        timelines.rank(number, &format!("rank {number}"));
         for update in rank.updates.iter().chain(&rank.floor) {
+            let at = update.began_us - zero;
             for (stage, bucket, start, end) in &update.spans {
-                let next = lanes.len() as u64;
-                let tid = *lanes.entry(stage).or_insert(next);
-                let name = bucket.map_or_else(|| stage.clone(), |bucket| format!("{stage} {bucket}"));
-                let at = update.began_us - zero + start;
-                events.push(
-                    json!({ "ph": "X", "name": name, "cat": stage, "pid": pid, "tid": tid, "ts": at, "dur": end - start }),
-                );
+                let (start_us, end_us) = (at + start, at + end);
+                let piece = Piece { stage: *stage, bucket: *bucket, start_us, end_us, complete: true };
+                timelines.piece(number, piece);
             }
         }
-        for (stage, tid) in &lanes {
-            events.push(
-                json!({ "ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": { "name": stage } }),
-            );
-        }
     }
-    let text = serde_json::to_string(&json!({ "displayTimeUnit": "ms", "traceEvents": events }))
-        .context("write the trace as JSON")?;
-    std::fs::write(file, text).with_context(|| format!("write the trace to {}", file.display()))
+    timelines.into_chrome().write(file)
 }
 
 #[cfg(test)]
 mod tests {
+    use ckpt_core::device::usage::AroundUpdate;
+    use serde_json::{Value, json};
+
     use super::*;
 
     fn measured(total_s: f64, release_s: f64) -> Measured {
@@ -265,7 +297,7 @@ mod tests {
         Measured {
             times,
             began_us: 1_000,
-            spans: vec![("load".into(), Some(3), 5, 9)],
+            spans: vec![(Stage::Load, Some(3), 5, 9)],
             bucket_bytes: vec![(7, 7); 4],
         }
     }
@@ -279,6 +311,25 @@ mod tests {
             all.iter().map(|t| (t.total_s, t.release_s)).collect::<Vec<_>>(),
             [(2.0, 5.0), (5.0, 2.0)]
         );
+    }
+
+    #[test]
+    fn memory_is_that_of_the_rank_that_takes_most() {
+        let rank = |context: u64, group: u64| {
+            let free = FreeMemory {
+                opened: Some((1 << 30, (1 << 30) - context)),
+                updates: vec![AroundUpdate { before: 900 << 20, prepared: None, after: (900 << 20) - group }],
+            };
+            RankReport { free, ..RankReport::default() }
+        };
+        let memory = Memory::of(&[rank(5 << 20, 3 << 20), rank(4 << 20, 9 << 20)], 7 << 20, false);
+        let line =
+            "device memory of a rank: ring 7.0 MiB (planned), group over nccl 9.0 MiB, context 5.0 MiB";
+        assert_eq!(memory.line("nccl"), line);
+        let unknown = Memory::of(&[RankReport::default()], 0, false).line("cuda");
+        assert!(unknown.contains("group over cuda unknown, context unknown"), "{unknown}");
+        let json = serde_json::to_value(memory).unwrap();
+        assert_eq!((&json["ring_bytes"], &json["context_bytes"]), (&json!(7 << 20), &json!(5 << 20)));
     }
 
     #[test]
