@@ -199,6 +199,7 @@ mod tests {
                 .open(&TransportConfig {
                     bind: std::net::Ipv4Addr::LOCALHOST.into(),
                     runtime_dir: std::env::temp_dir(),
+                    tls: false,
                     secret: b"secret".to_vec(),
                     connections: 1,
                     device: device.clone(),

@@ -93,6 +93,7 @@ async fn job(ranks: u32, ipc: bool) -> Job {
         token: token.clone(),
         world_size: ranks,
         deadlines,
+        tls: false,
     });
     let source = Arc::new(CheckpointSource::generated(generate::qwen_shaped(3 << 20), 9));
     let mut servers = Vec::new();
@@ -103,6 +104,7 @@ async fn job(ranks: u32, ipc: bool) -> Job {
         let config = TransportConfig {
             bind: std::net::Ipv4Addr::LOCALHOST.into(),
             runtime_dir: std::env::temp_dir(),
+            tls: false,
             secret: b"a secret".to_vec(),
             connections: 1,
             device: device.clone(),

@@ -16,6 +16,7 @@ use ckpt_core::{
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+use super::http_get::TrustArgs;
 use crate::{
     job::{JobArgs, Rank},
     output::format_bytes,
@@ -70,6 +71,8 @@ pub(crate) struct InstanceArgs {
     /// For `--engine http`: path that resumes it
     #[arg(long, value_name = "PATH", requires = "http_pause_path")]
     http_resume_path: Option<String>,
+    #[command(flatten)]
+    pub(crate) trust: TrustArgs,
     #[command(flatten)]
     pub(crate) policy: PolicyArgs,
     #[command(flatten)]
@@ -278,6 +281,7 @@ impl InstanceArgs {
             kind: self.engine.clone(),
             endpoint: at(&self.endpoint),
             uds: self.uds.as_deref().map(|path| PathBuf::from(at(path))),
+            ca: self.trust.tls_ca.clone(),
             template: self.template()?,
         })?;
         Ok(Some(EngineCall { engine, ranks: members }))
