@@ -53,7 +53,10 @@ impl std::fmt::Debug for Job {
 
 impl Job {
     pub(in super::super) fn new(token: &[u8]) -> Result<Self> {
-        let (listener, dialler) = (key(token, LISTENER)?, key(token, DIALLER)?);
+        Self::of(key(token, LISTENER)?, key(token, DIALLER)?)
+    }
+
+    fn of(listener: Arc<CertifiedKey>, dialler: Arc<CertifiedKey>) -> Result<Self> {
         let wrong = |cause| internal("the TLS settings do not go together", cause);
         let mut client = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&TLS13])
@@ -246,5 +249,82 @@ impl ClientCertVerifier for Pinned {
 
     fn requires_raw_public_keys(&self) -> bool {
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{io::AsyncWriteExt, net::TcpListener};
+
+    use super::*;
+
+    const TOKEN: &[u8] = b"a token that is long enough for a key";
+    const OTHER: &[u8] = b"a token of another job, also long enough";
+
+    /// What both sides make of a connection.
+    async fn meet(listening: &Job, dialling: &Job) -> (Option<HandshakeError>, Option<HandshakeError>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let accept = async { listening.accept(listener.accept().await.unwrap().0).await };
+        let dial = async {
+            let mut secure = dialling.connect(stream).await?;
+            // In TLS 1.3 a dialler is done before the listener has looked at its key.
+            secure.write_all(b"?").await.map_err(HandshakeError::Broken)?;
+            Ok::<_, HandshakeError>(secure)
+        };
+        let (accepted, dialled) = tokio::join!(accept, dial);
+        (accepted.err(), dialled.err())
+    }
+
+    #[tokio::test]
+    async fn each_side_takes_one_key_and_no_other() {
+        let job = Job::new(TOKEN).unwrap();
+        assert!(matches!(meet(&job, &Job::new(TOKEN).unwrap()).await, (None, None)));
+        let (listener, dialler) = (key(TOKEN, LISTENER).unwrap(), key(TOKEN, DIALLER).unwrap());
+        // Somebody who has found out one half of the keys is still a stranger, on either side.
+        let stranger = Job::of(listener, key(OTHER, DIALLER).unwrap()).unwrap();
+        assert!(matches!(meet(&job, &stranger).await.0, Some(HandshakeError::OtherToken)));
+        let stranger = Job::of(key(OTHER, LISTENER).unwrap(), dialler.clone()).unwrap();
+        assert!(matches!(meet(&stranger, &job).await.1, Some(HandshakeError::OtherToken)));
+        // The two roles are not exchangeable: what a dialler shows does not open a door from inside.
+        let mirror = Job::of(dialler.clone(), dialler).unwrap();
+        assert!(matches!(meet(&mirror, &job).await.1, Some(HandshakeError::OtherToken)));
+    }
+
+    #[tokio::test]
+    async fn large_writes_both_ways_at_once_arrive_whole() {
+        let job = Job::new(TOKEN).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let accept = async { job.accept_bulk(listener.accept().await.unwrap().0).await.unwrap() };
+        let (one, two) = tokio::join!(accept, async { job.connect_bulk(stream).await.unwrap() });
+        let bytes: Vec<u8> = (0..5_000_003_u32).map(|i| (i % 251) as u8).collect();
+        let read = async |from: &Secure| {
+            let (mut all, mut piece) = (Vec::new(), vec![0; 70_001]);
+            while all.len() < bytes.len() + 3 {
+                match from.try_read(&mut piece) {
+                    Ok(0) => panic!("it ended after {} bytes", all.len()),
+                    Ok(n) => all.extend_from_slice(&piece[..n]),
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                        from.socket().readable().await.unwrap()
+                    }
+                    Err(e) => panic!("{e}"),
+                }
+            }
+            all
+        };
+        let there = async { one.write_all(b"abc", &bytes).await.unwrap() };
+        let back = async { two.write_all(b"xyz", &bytes).await.unwrap() };
+        let ((), (), at_two, at_one) = tokio::join!(there, back, read(&two), read(&one));
+        assert!(at_two == [b"abc", &bytes[..]].concat() && at_one == [b"xyz", &bytes[..]].concat());
+        assert!(!one.has_unread() && !two.has_unread());
+        // What was sent comes before the end.
+        two.send_now(b"last").unwrap();
+        drop(two);
+        let mut last = [0; 8];
+        one.socket().readable().await.unwrap();
+        assert_eq!(one.try_read(&mut last).unwrap(), 4);
+        one.socket().readable().await.unwrap();
+        assert_eq!(one.try_read(&mut last).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 }

@@ -93,14 +93,21 @@ pub(in super::super) fn configure(
 }
 
 pub(in super::super) fn explain(error: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
-    let inside = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-    match inside.and_then(|e| e.downcast_ref()).or_else(|| error.downcast_ref())? {
+    // An `io::Error` does not name what it wraps as its source, and there are several of them around ours.
+    match std::iter::successors(Some(error), inside).find_map(|error| error.downcast_ref())? {
         rustls::Error::InvalidCertificate(_) => Some(
             "its certificate is not trusted here: name what it was signed with, --tls-ca FILE or CKPT_TLS_CA",
         ),
         rustls::Error::InvalidMessage(_) => Some("it does not speak TLS: write http://"),
         _ => None,
     }
+}
+
+fn inside<'a>(
+    error: &&'a (dyn std::error::Error + 'static),
+) -> Option<&'a (dyn std::error::Error + 'static)> {
+    let inside = error.downcast_ref::<io::Error>()?.get_ref()?;
+    Some(inside)
 }
 
 fn client(roots: RootCertStore) -> Result<ClientConfig> {
