@@ -79,6 +79,7 @@ pub struct JobTls(built::Job);
 
 /// Why no TLS came about.
 #[derive(Debug, thiserror::Error)]
+#[cfg_attr(not(feature = "tls"), allow(dead_code, reason = "no handshake comes about without TLS"))]
 pub(crate) enum HandshakeError {
     #[error("the other side does not speak TLS")]
     NotTls,
