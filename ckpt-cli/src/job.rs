@@ -43,6 +43,10 @@ pub(crate) struct JobArgs {
     /// File with the job's secret; else CKPT_TOKEN, and ranks on one host need none
     #[arg(long, value_name = "FILE")]
     pub(crate) token_file: Option<PathBuf>,
+    /// Encrypt what the ranks say to each other, and the weights where the transport is tcp; all ranks, and a token of 32
+    /// characters or more; else CKPT_TLS=1
+    #[arg(long)]
+    tls: bool,
     /// Connections between two ranks, for transports that stripe
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64), value_name = "N")]
     connections: u8,
@@ -110,8 +114,10 @@ impl Rank {
             limits.target_bucket_bytes = mib << 20;
         }
         let runtime_dir = runtime_dir()?;
+        let mut job = JobOptions::detect(&env, args.token_file.as_deref(), runtime_dir.clone(), deadlines)?;
+        job.tls |= args.tls;
         let options = OpenOptions {
-            job: JobOptions::detect(&env, args.token_file.as_deref(), runtime_dir.clone(), deadlines)?,
+            job,
             device: args.device.clone(),
             transport: args.transport.clone(),
             reader: args.p2p_transport.clone(),

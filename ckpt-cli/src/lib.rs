@@ -117,6 +117,7 @@ pub(crate) fn features() -> Vec<&'static str> {
         ("mooncake", cfg!(feature = "mooncake")),
         ("rdma", cfg!(feature = "rdma")),
         ("ucx", cfg!(feature = "ucx")),
+        ("tls", cfg!(feature = "tls")),
     ]
     .into_iter()
     .filter_map(|(name, on)| on.then_some(name))

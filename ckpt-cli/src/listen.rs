@@ -18,7 +18,7 @@ use axum::{
     middleware::{self, Next},
     response::Response,
 };
-use ckpt_core::{Error, ErrorKind, Key, Result};
+use ckpt_core::{Error, ErrorKind, Key, Result, tls::ServerTls};
 use futures_util::{StreamExt, stream};
 use hyper::server::conn::http1;
 use hyper_util::{
@@ -26,6 +26,7 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
     sync::Semaphore,
     time::Instant,
@@ -34,6 +35,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// From one request, or the connection, to the next request's whole head.
 const HEAD_TIME: Duration = Duration::from_secs(5);
+/// From a connection to the end of its TLS handshake.
+const HANDSHAKE_TIME: Duration = Duration::from_secs(5);
 /// A head with all its headers.
 const HEAD_BYTES: usize = 64 << 10;
 /// Between two pieces of a body.
@@ -50,7 +53,7 @@ pub(crate) struct Listener {
 }
 
 enum Socket {
-    Tcp(TcpListener),
+    Tcp(TcpListener, Option<ServerTls>),
     Unix(UnixListener, UnixPath),
 }
 
@@ -64,11 +67,13 @@ impl Drop for UnixPath {
 }
 
 impl Listener {
-    pub(crate) async fn tcp(address: SocketAddr) -> Result<Self> {
+    /// With `tls` it speaks HTTPS and nothing else.
+    pub(crate) async fn tcp(address: SocketAddr, tls: Option<ServerTls>) -> Result<Self> {
         let fail = |error: io::Error| cannot_listen(address.to_string(), error);
         let listener = TcpListener::bind(address).await.map_err(fail)?;
-        let address = format!("http://{}", listener.local_addr().map_err(fail)?);
-        Ok(Self { socket: Socket::Tcp(listener), address })
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let address = format!("{scheme}://{}", listener.local_addr().map_err(fail)?);
+        Ok(Self { socket: Socket::Tcp(listener, tls), address })
     }
 
     pub(crate) fn unix(path: &Path) -> Result<Self> {
@@ -89,7 +94,7 @@ impl Listener {
         Ok(Self { socket: Socket::Unix(listener, guard), address })
     }
 
-    /// `http://host:port` or `unix:/path`.
+    /// `http://host:port`, `https://host:port` or `unix:/path`.
     pub(crate) fn address(&self) -> &str {
         &self.address
     }
@@ -98,14 +103,38 @@ impl Listener {
     pub(crate) async fn serve(self, router: Router, stop: impl Future<Output = ()> + Send + 'static) {
         let router = router.layer(middleware::from_fn(bound_body));
         match self.socket {
-            Socket::Tcp(listener) => serve_on(listener, router, stop).await,
-            Socket::Unix(listener, _path) => serve_on(listener, router, stop).await,
+            Socket::Tcp(listener, None) => serve_on(listener, as_it_is, router, stop).await,
+            Socket::Tcp(listener, Some(tls)) => {
+                let shake_hands = move |stream| {
+                    let tls = tls.clone();
+                    async move {
+                        tokio::time::timeout(HANDSHAKE_TIME, tls.accept(stream))
+                            .await
+                            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+                    }
+                };
+                serve_on(listener, shake_hands, router, stop).await;
+            }
+            Socket::Unix(listener, _path) => serve_on(listener, as_it_is, router, stop).await,
         }
     }
 }
 
-/// Accepts until `stop`, then lets the requests under way end.
-async fn serve_on<L: axum::serve::Listener>(mut listener: L, router: Router, stop: impl Future<Output = ()>) {
+async fn as_it_is<T>(stream: T) -> io::Result<T> {
+    Ok(stream)
+}
+
+/// Accepts until `stop`, then lets the requests under way end. `open` makes of a connection what HTTP is spoken over.
+async fn serve_on<L, S, O>(
+    mut listener: L,
+    open: impl Fn(L::Io) -> O,
+    router: Router,
+    stop: impl Future<Output = ()>,
+) where
+    L: axum::serve::Listener,
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    O: Future<Output = io::Result<S>> + Send + 'static,
+{
     let mut http = http1::Builder::new();
     // The limit also ends connections on which nothing more is asked.
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME).max_buf_size(HEAD_BYTES);
@@ -115,10 +144,20 @@ async fn serve_on<L: axum::serve::Listener>(mut listener: L, router: Router, sto
         // Never closed.
         while let Ok(place) = places.clone().acquire_owned().await {
             let (stream, _) = listener.accept().await;
-            let connection =
-                http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router.clone()));
-            let ending = ending.clone();
+            let (opening, http, router, ending) =
+                (open(stream), http.clone(), router.clone(), ending.clone());
             tasks.spawn(async move {
+                // A connection has its place from here on, also one that never gets further.
+                let opened = tokio::select! {
+                    opened = opening => opened,
+                    () = ending.cancelled() => return,
+                };
+                let stream = match opened {
+                    Ok(stream) => stream,
+                    Err(error) => return tracing::debug!(%error, "a connection was refused"),
+                };
+                let connection =
+                    http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
                 let mut connection = std::pin::pin!(connection);
                 let ended = tokio::select! {
                     ended = &mut connection => ended,

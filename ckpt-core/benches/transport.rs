@@ -55,8 +55,14 @@ impl Pair {
             let device: Arc<dyn DeviceBackend> = Arc::new(HostDevice::open(&config).unwrap());
             let stream = device.stream("net").unwrap();
             let (bind, secret) = (Ipv4Addr::LOCALHOST.into(), Vec::new());
-            let config =
-                TransportConfig { bind, runtime_dir: runtime_dir.clone(), secret, connections, device };
+            let config = TransportConfig {
+                bind,
+                runtime_dir: runtime_dir.clone(),
+                tls: false,
+                secret,
+                connections,
+                device,
+            };
             let transport = TcpProvider.open(&config).unwrap();
             drop(inside);
             (runtime, stream, transport)

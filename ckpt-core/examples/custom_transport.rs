@@ -65,6 +65,7 @@ impl Transport for Table {
             one_sided_write: false,
             across_processes: false,
             across_hosts: false,
+            encrypts: false,
             devices,
         }
     }

@@ -28,7 +28,8 @@ pub async fn main() -> anyhow::Result<()> {
     let device = HostDevice::open(&DeviceConfig { rank, local_rank, runtime_dir: runtime_dir.clone() })?;
     let device: Arc<dyn DeviceBackend> = Arc::new(device);
     let (bind, secret) = (Ipv4Addr::LOCALHOST.into(), session.secret()?.reveal().to_vec());
-    let config = TransportConfig { bind, runtime_dir, secret, connections: 2, device: device.clone() };
+    let config =
+        TransportConfig { bind, runtime_dir, tls: false, secret, connections: 2, device: device.clone() };
     let transport = TcpProvider.open(&config)?;
 
     // This rank's share of a checkpoint, in pinned memory. `CheckpointSource::open` takes a file or a folder.

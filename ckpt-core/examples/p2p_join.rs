@@ -23,14 +23,20 @@ use ckpt_core::{
 async fn instance(token: &Token) -> Result<(Job, ParameterServer, Arc<dyn DeviceBackend>)> {
     let (runtime_dir, deadlines) = (runtime_dir()?, Deadlines::default());
     let cluster = ClusterEnv::detect(&|_| None)?;
-    let options =
-        JobOptions { cluster, token: Some(token.clone()), runtime_dir: runtime_dir.clone(), deadlines };
+    let options = JobOptions {
+        cluster,
+        token: Some(token.clone()),
+        runtime_dir: runtime_dir.clone(),
+        deadlines,
+        tls: false,
+    };
     let job = Job::join(options).await?;
     let config = DeviceConfig { rank: 0, local_rank: 0, runtime_dir: runtime_dir.clone() };
     let device: Arc<dyn DeviceBackend> = Arc::new(HostDevice::open(&config)?);
     let transport = TcpProvider.open(&TransportConfig {
         bind: Ipv4Addr::LOCALHOST.into(),
         runtime_dir,
+        tls: false,
         secret: token.reveal().to_vec(),
         connections: 2,
         device: device.clone(),

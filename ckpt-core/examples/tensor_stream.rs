@@ -34,13 +34,15 @@ pub async fn main() -> anyhow::Result<()> {
     // A job of one rank, whatever the environment says.
     let (runtime_dir, deadlines) = (runtime_dir()?, Deadlines::default());
     let cluster = ClusterEnv::detect(&|_| None)?;
-    let options = JobOptions { cluster, token: None, runtime_dir: runtime_dir.clone(), deadlines };
+    let options =
+        JobOptions { cluster, token: None, runtime_dir: runtime_dir.clone(), deadlines, tls: false };
     let job = Job::join(options).await?;
     let config = DeviceConfig { rank: 0, local_rank: 0, runtime_dir: runtime_dir.clone() };
     let device: Arc<dyn DeviceBackend> = Arc::new(HostDevice::open(&config)?);
     let transport = LocalProvider::default().open(&TransportConfig {
         bind: std::net::Ipv4Addr::LOCALHOST.into(),
         runtime_dir,
+        tls: false,
         secret: Vec::new(),
         connections: 1,
         device: device.clone(),

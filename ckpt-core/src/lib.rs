@@ -20,6 +20,7 @@ pub mod predict;
 pub mod server;
 pub mod sink;
 pub mod testkit;
+pub mod tls;
 pub mod topology;
 pub mod transport;
 pub mod types;

@@ -15,6 +15,7 @@ struct Host {
     provider: Box<dyn TransportProvider>,
     adversary: Option<u64>,
     connections: usize,
+    tls: bool,
     runtime_dir: PathBuf,
     _folder: tempfile::TempDir,
 }
@@ -23,7 +24,14 @@ impl Host {
     fn new(provider: impl TransportProvider + 'static, adversary: Option<u64>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let runtime_dir = folder.path().join("run");
-        Self { provider: Box::new(provider), adversary, connections: 2, runtime_dir, _folder: folder }
+        Self {
+            provider: Box::new(provider),
+            adversary,
+            connections: 2,
+            tls: false,
+            runtime_dir,
+            _folder: folder,
+        }
     }
 }
 
@@ -41,7 +49,8 @@ impl Factory for Host {
         self.provider.open(&TransportConfig {
             bind: Ipv4Addr::LOCALHOST.into(),
             runtime_dir: self.runtime_dir.clone(),
-            secret: b"conformance".to_vec(),
+            tls: self.tls,
+            secret: b"the secret of the conformance suite".to_vec(),
             connections: self.connections,
             device: device.clone(),
         })
@@ -110,5 +119,28 @@ async fn local_one_sided() {
 async fn tcp_one_sided() {
     for adversary in [None, Some(14)] {
         complete(conformance::one_sided(&Host::new(TcpProvider, adversary)).await, 19, 0);
+    }
+}
+
+#[cfg(feature = "tls")]
+mod tls {
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn tcp_collective_in_tls() {
+        let factory = Host { tls: true, ..Host::new(TcpProvider, None) };
+        complete(conformance::collective(&factory).await, 37, 0);
+    }
+
+    #[tokio::test]
+    async fn tcp_collective_in_tls_with_one_connection_on_one_thread() {
+        let factory = Host { tls: true, connections: 1, ..Host::new(TcpProvider, Some(15)) };
+        complete(conformance::collective(&factory).await, 37, 0);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn tcp_one_sided_in_tls() {
+        let factory = Host { tls: true, ..Host::new(TcpProvider, None) };
+        complete(conformance::one_sided(&factory).await, 19, 0);
     }
 }

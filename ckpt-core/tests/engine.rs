@@ -96,7 +96,8 @@ async fn on_unix(router: Router) -> (TempDir, String) {
 }
 
 fn engine(kind: &str, endpoint: &str) -> Arc<dyn Engine> {
-    create(EngineConfig { kind: kind.into(), endpoint: endpoint.into(), uds: None, template: None }).unwrap()
+    create(EngineConfig { kind: kind.into(), endpoint: endpoint.into(), uds: None, ca: None, template: None })
+        .unwrap()
 }
 
 fn request() -> EngineRequest {
@@ -176,6 +177,7 @@ async fn unix_sockets_serve_as_well() {
         kind: "http".into(),
         endpoint: "http://ignored:1/custom/update".into(),
         uds: Some(folder.path().join("engine.sock")),
+        ca: None,
         template: Some(HttpTemplate::parse(r#"{"where": "{{endpoint_list}}"}"#).unwrap()),
     };
     create(config).unwrap().update(&request(), within(LONG)).await.unwrap();
@@ -271,7 +273,8 @@ async fn none_has_nobody_to_tell_and_unknown_engines_are_named() {
     let none = engine("none", "");
     none.ready(within(SHORT)).await.unwrap();
     none.update(&request(), within(SHORT)).await.unwrap();
-    let config = EngineConfig { kind: "trt".into(), endpoint: String::new(), uds: None, template: None };
+    let config =
+        EngineConfig { kind: "trt".into(), endpoint: String::new(), uds: None, ca: None, template: None };
     let error = create(config).err().unwrap();
     assert!(
         error.message().contains("`trt`")
@@ -314,6 +317,7 @@ async fn engines_are_paused_and_resumed_in_their_own_words() {
         kind: "http".into(),
         endpoint: format!("{endpoint}/custom/update"),
         uds: None,
+        ca: None,
         template: Some(template),
     };
     let plain = create(config(HttpTemplate::default())).unwrap();

@@ -65,6 +65,7 @@ impl Factory for Layered {
         let inner = self.provider.open(&TransportConfig {
             bind: Ipv4Addr::LOCALHOST.into(),
             runtime_dir: self.runtime_dir(),
+            tls: false,
             secret: b"layers".to_vec(),
             connections: 2,
             device: device.clone(),
@@ -120,6 +121,7 @@ impl Pair {
             let config = TransportConfig {
                 bind: Ipv4Addr::LOCALHOST.into(),
                 runtime_dir: factory.runtime_dir(),
+                tls: false,
                 secret: Vec::new(),
                 connections: 1,
                 device: device.clone(),

@@ -111,6 +111,7 @@ async fn gather(seed: u64) -> (Vec<LinkFault>, bool) {
         token: token.clone(),
         world_size: RANKS,
         deadlines,
+        tls: false,
     });
     let hub = hub.await.unwrap();
     let mut calls = Vec::new();

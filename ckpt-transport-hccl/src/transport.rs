@@ -128,6 +128,7 @@ impl Transport for HcclTransport {
             one_sided_write: false,
             across_processes: true,
             across_hosts: true,
+            encrypts: false,
             devices: &["ascend"],
         }
     }

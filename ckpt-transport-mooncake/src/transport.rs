@@ -141,6 +141,7 @@ impl Transport for MooncakeTransport {
             one_sided_write: true,
             across_processes: true,
             across_hosts: self.shared.across_hosts,
+            encrypts: false,
             devices: &["host"],
         }
     }

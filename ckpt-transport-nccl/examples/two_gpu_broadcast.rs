@@ -243,6 +243,7 @@ impl Rank {
         let config = TransportConfig {
             bind: std::net::Ipv4Addr::LOCALHOST.into(),
             runtime_dir: std::env::temp_dir(),
+            tls: false,
             secret: Vec::new(),
             connections: 1,
             device: device.clone(),

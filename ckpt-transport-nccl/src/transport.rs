@@ -117,6 +117,7 @@ impl Transport for NcclTransport {
             one_sided_write: false,
             across_processes: true,
             across_hosts: true,
+            encrypts: false,
             devices: &["cuda"],
         }
     }

@@ -33,6 +33,7 @@ fn config(device: Arc<dyn DeviceBackend>) -> TransportConfig {
     TransportConfig {
         bind: std::net::Ipv4Addr::LOCALHOST.into(),
         runtime_dir: std::env::temp_dir(),
+        tls: false,
         secret: Vec::new(),
         connections: 1,
         device,

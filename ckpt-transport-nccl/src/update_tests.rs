@@ -102,6 +102,7 @@ async fn job_on(first_device: u32, hosts: &[u64], ipc: bool) -> Job {
         token: token.clone(),
         world_size: ranks,
         deadlines,
+        tls: false,
     });
     let source = Arc::new(CheckpointSource::generated(generate::qwen_shaped(3 << 20), 9));
     let mut servers = Vec::new();
@@ -112,6 +113,7 @@ async fn job_on(first_device: u32, hosts: &[u64], ipc: bool) -> Job {
         let config = TransportConfig {
             bind: std::net::Ipv4Addr::LOCALHOST.into(),
             runtime_dir: std::env::temp_dir(),
+            tls: false,
             secret: b"a secret".to_vec(),
             connections: 1,
             device: device.clone(),

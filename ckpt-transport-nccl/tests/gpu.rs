@@ -81,6 +81,7 @@ fn config(device: &Arc<dyn DeviceBackend>) -> TransportConfig {
     TransportConfig {
         bind: Ipv4Addr::LOCALHOST.into(),
         runtime_dir: std::env::temp_dir(),
+        tls: false,
         secret: Vec::new(),
         connections: 1,
         device: device.clone(),

@@ -55,6 +55,7 @@ impl Factory for Ucx {
         UcxProvider::new(config).open(&TransportConfig {
             bind: Ipv4Addr::LOCALHOST.into(),
             runtime_dir: self.folder.path().join("run"),
+            tls: false,
             secret: b"conformance".to_vec(),
             connections: 2,
             device: device.clone(),

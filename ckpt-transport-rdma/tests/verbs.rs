@@ -62,6 +62,7 @@ impl Factory for Verbs {
         RdmaProvider::new(config).open(&TransportConfig {
             bind: Ipv4Addr::LOCALHOST.into(),
             runtime_dir: self.folder.path().join("run"),
+            tls: false,
             secret: b"conformance".to_vec(),
             connections: 2,
             device: device.clone(),

@@ -1,12 +1,15 @@
-//! An engine that answers what a test wants, over TCP.
+//! An engine that answers what a test wants, over TCP or TLS.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
+use ckpt_core::tls::ServerTls;
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
-    net::{TcpListener, TcpStream},
+    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
+    net::TcpListener,
     task::JoinHandle,
 };
+
+use crate::Certificates;
 
 /// What the engine answers to the update request. Every other request gets 200.
 #[derive(Clone, Debug)]
@@ -21,6 +24,7 @@ pub enum Script {
 #[derive(Debug)]
 pub struct FakeEngine {
     address: SocketAddr,
+    scheme: &'static str,
     server: JoinHandle<()>,
 }
 
@@ -33,24 +37,41 @@ impl Drop for FakeEngine {
 impl FakeEngine {
     /// Listens on a free port.
     pub async fn start(script: Script) -> Self {
+        Self::listen(script, None).await
+    }
+
+    /// The same, at `https://`.
+    pub async fn start_tls(script: Script, certificates: &Certificates) -> Self {
+        let tls = ServerTls::load(&certificates.certificate, &certificates.key);
+        Self::listen(script, Some(tls.unwrap_or_else(|error| panic!("{error}")))).await
+    }
+
+    async fn listen(script: Script, tls: Option<ServerTls>) -> Self {
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a free port");
         let address = listener.local_addr().expect("a bound listener has an address");
         let server = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
+                let (script, tls) = (script.clone(), tls.clone());
                 // A client that goes away is its own business.
-                tokio::spawn(serve(stream, script.clone()));
+                tokio::spawn(async move {
+                    match tls {
+                        None => serve(stream, script).await,
+                        Some(tls) => serve(tls.accept(stream).await?, script).await,
+                    }
+                });
             }
         });
-        Self { address, server }
+        Self { address, scheme, server }
     }
 
-    /// `http://127.0.0.1:port`.
+    /// `http://127.0.0.1:port`, or the same with `https://`.
     pub fn endpoint(&self) -> String {
-        format!("http://{}", self.address)
+        format!("{}://{}", self.scheme, self.address)
     }
 }
 
-async fn serve(stream: TcpStream, script: Script) -> std::io::Result<()> {
+async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, script: Script) -> std::io::Result<()> {
     let mut stream = BufReader::new(stream);
     loop {
         let (mut request, mut line, mut body) = (String::new(), String::new(), 0);

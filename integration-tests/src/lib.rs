@@ -2,16 +2,20 @@
 //! that misbehave, and a tiny HTTP client.
 
 pub mod ascend;
+mod certificate;
 mod engine;
 mod http;
 mod job;
 mod process;
+mod recorder;
 pub mod schema;
 
+pub use certificate::Certificates;
 pub use engine::{FakeEngine, Script};
 pub use http::{Reply, http_get};
 pub use job::{Job, Ranks, assert_dump, digests, names};
 pub use process::{Finished, LONG, Process, Program};
+pub use recorder::Recorder;
 
 /// The program under test with these arguments: `ckpt!("doctor", "--json")`. Only usable in `tests/`, where cargo
 /// names the binary.

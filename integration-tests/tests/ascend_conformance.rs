@@ -50,6 +50,7 @@ impl Factory for Npus {
         self.hccl.open(&TransportConfig {
             bind: std::net::Ipv4Addr::LOCALHOST.into(),
             runtime_dir: std::env::temp_dir(),
+            tls: false,
             secret: Vec::new(),
             connections: 1,
             device: device.clone(),

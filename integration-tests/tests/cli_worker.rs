@@ -118,7 +118,14 @@ async fn engine(server: &Server, uuids: &[&str], more: &[&str]) -> (Process, Str
 }
 
 fn client(address: &str) -> Arc<dyn Engine> {
-    create(EngineConfig { kind: "vllm".into(), endpoint: address.into(), uds: None, template: None }).unwrap()
+    create(EngineConfig {
+        kind: "vllm".into(),
+        endpoint: address.into(),
+        uds: None,
+        ca: None,
+        template: None,
+    })
+    .unwrap()
 }
 
 fn request(endpoints: &[(&str, &NativeSink)]) -> EngineRequest {

@@ -51,6 +51,7 @@ impl Member {
         let config = TransportConfig {
             bind: Ipv4Addr::LOCALHOST.into(),
             runtime_dir,
+            tls: false,
             secret: b"test".to_vec(),
             connections: 2,
             device,

@@ -51,14 +51,16 @@ async fn join(job: &Job, rank: u32, hub: HubAddress) -> Rank {
     };
     let token = Some(Token::new("the job's secret").unwrap());
     let runtime_dir = job.runtime_dir();
-    let joined = Joined::join(JobOptions { cluster, token, runtime_dir: runtime_dir.clone(), deadlines })
-        .await
-        .unwrap();
+    let joined =
+        Joined::join(JobOptions { cluster, token, runtime_dir: runtime_dir.clone(), deadlines, tls: false })
+            .await
+            .unwrap();
     let config = DeviceConfig { rank, local_rank: rank, runtime_dir: runtime_dir.clone() };
     let device: Arc<dyn DeviceBackend> = Arc::new(HostDevice::open(&config).unwrap());
     let transport = TcpProvider.open(&TransportConfig {
         bind: Ipv4Addr::LOCALHOST.into(),
         runtime_dir,
+        tls: false,
         secret: joined.session.secret().unwrap().reveal().to_vec(),
         connections: 2,
         device: device.clone(),
@@ -92,6 +94,7 @@ async fn update(job: &Job, ranks: &mut Vec<Rank>, version: u64) -> Vec<Result<Up
             kind: "vllm".into(),
             endpoint: "http://localhost".into(),
             uds: Some(job.socket(number)),
+            ca: None,
             template: None,
         });
         let request = UpdateRequest {

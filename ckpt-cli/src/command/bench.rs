@@ -124,6 +124,9 @@ struct TransportArgs {
     /// Connections between two ranks, for transports that stripe
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64), value_name = "N")]
     connections: u8,
+    /// Encrypt what the ranks send each other, where the transport can; else CKPT_TLS=1
+    #[arg(long)]
+    tls: bool,
     /// File with the job's secret; else CKPT_TOKEN, and ranks on one host need none
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
@@ -247,6 +250,7 @@ async fn tasks(args: &TransportArgs) -> anyhow::Result<Measured> {
         token: token.clone(),
         world_size: args.ranks,
         deadlines,
+        tls: false,
     });
     let runtime_dir = runtime_dir()?;
     let mut running = tokio::task::JoinSet::new();
@@ -257,6 +261,7 @@ async fn tasks(args: &TransportArgs) -> anyhow::Result<Measured> {
         let config = TransportConfig {
             bind: std::net::Ipv4Addr::LOCALHOST.into(),
             runtime_dir: runtime_dir.clone(),
+            tls: false,
             secret: token.reveal().to_vec(),
             connections: usize::from(args.connections),
             device: device.clone(),

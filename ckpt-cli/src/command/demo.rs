@@ -22,6 +22,7 @@ use tokio::{
     process::{Child, Command},
 };
 
+use super::http_get::{self, TrustArgs};
 use crate::{
     Context,
     exit::Exit,
@@ -370,11 +371,9 @@ async fn verify(
         anyhow::bail!("worker {number} ended early, {status}: {}", last_lines(&worker_log(scratch, number)));
     }
     let socket = socket(scratch, number);
-    let client =
-        reqwest::Client::builder().unix_socket(socket.as_path()).build().context("make an HTTP client")?;
-    let response = client.get("http://localhost/v1/tensors").send().await?.error_for_status()?;
-    let held: Vec<Held> =
-        serde_json::from_slice(&response.bytes().await?).context("read the worker's answer")?;
+    let source = format!("unix:{}", socket.display());
+    let answer = http_get::get(&source, "/v1/tensors", &TrustArgs::default(), "verify the workers").await?;
+    let held: Vec<Held> = serde_json::from_slice(&answer).context("read the worker's answer")?;
     let wrong = |tensor: &str, message: &str| {
         Error::new(ErrorKind::Corrupt, "verify the workers", message)
             .with(Key::Worker, number)

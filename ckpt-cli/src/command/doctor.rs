@@ -14,6 +14,7 @@ use ckpt_core::transport::Probe;
 use clap::Args;
 use serde::Serialize;
 
+use super::http_get::TrustArgs;
 use crate::{Context, device_checks, exit::Exit, features, machine::Machine, output::Table};
 
 /// Look for devices, transports, limits, ports and engines, and say what is missing and how to get it
@@ -31,6 +32,8 @@ pub(crate) struct DoctorArgs {
     /// Also look at the engine that listens here, and at its mode; `--endpoint unix:PATH` for a socket
     #[arg(long, value_name = "URL")]
     endpoint: Vec<String>,
+    #[command(flatten)]
+    trust: TrustArgs,
     /// Exit with 1 for warnings, too
     #[arg(long)]
     strict: bool,
@@ -111,7 +114,7 @@ pub(crate) async fn run(args: DoctorArgs, context: &Context) -> anyhow::Result<E
     let registry = &context.registry;
     let mut engines = Vec::new();
     for endpoint in &args.endpoint {
-        engines.extend(engine::look(endpoint).await);
+        engines.extend(engine::look(endpoint, &args.trust).await);
     }
     // Probes open native libraries, whose initialisers may take their time: not on the runtime's own threads.
     let report = tokio::task::block_in_place(|| {

@@ -16,6 +16,7 @@ use ckpt_core::{
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+use super::http_get::TrustArgs;
 use crate::{
     Context,
     job::{JobArgs, Rank, Reading},
@@ -76,6 +77,8 @@ pub(crate) struct InstanceArgs {
     /// are several ranks each writes its own: `{rank}` stands for its number, which else comes before the extension
     #[arg(long, value_name = "FILE")]
     trace: Option<String>,
+    #[command(flatten)]
+    pub(crate) trust: TrustArgs,
     #[command(flatten)]
     pub(crate) policy: PolicyArgs,
     #[command(flatten)]
@@ -313,6 +316,7 @@ impl InstanceArgs {
             kind: self.engine.clone(),
             endpoint: at(&self.endpoint),
             uds: self.uds.as_deref().map(|path| PathBuf::from(at(path))),
+            ca: self.trust.tls_ca.clone(),
             template: self.template()?,
         })?;
         Ok(Some(EngineCall { engine, ranks: members }))

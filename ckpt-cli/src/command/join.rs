@@ -7,6 +7,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::{
+    http_get::TrustArgs,
     instance::{Done, InstanceArgs, Totals, layout, seconds},
     metas_file,
 };
@@ -31,7 +32,7 @@ Examples:
   ckpt launch --nproc-per-node 8 -- ckpt join --metas http://10.0.0.7:8080 --endpoint http://localhost:8000
   ckpt join --metas unix:/run/ckpt/rank-0.sock --inference-parallel-size 1 --json --trace join.json")]
 pub(crate) struct JoinArgs {
-    /// The sender's metas: a file, http://HOST:PORT of any of its `ckpt serve`, or unix:SOCKET; rank 0 reads them
+    /// The sender's metas: a file, http(s)://HOST:PORT of any of its `ckpt serve`, or unix:SOCKET; rank 0 reads them
     #[arg(long, value_name = "FILE|URL")]
     metas: String,
     /// File with the sender's secret, if it is not this job's
@@ -85,7 +86,8 @@ async fn pull(
 ) -> anyhow::Result<()> {
     let started = Instant::now();
     let token = secret.map_or_else(|| rank.job.session.secret(), Ok)?;
-    let brought = if rank.rank() == 0 { Some(metas_file::load(source, &token).await?) } else { None };
+    let brought =
+        if rank.rank() == 0 { Some(metas_file::load(source, &token, &args.trust).await?) } else { None };
     let metas = rank.server.share_metas(brought.as_ref()).await?;
     let layout = layout(&metas.manifest())?;
     let load_metas_s = started.elapsed().as_secs_f64();
@@ -93,7 +95,11 @@ async fn pull(
     for i in 0..args.repeat {
         done.push(args.update(rank, &layout, ranks, Version(args.weight_version + i)).await?);
         if metas.are_unchecked() {
-            let found = if rank.rank() == 0 { compare(source, &token, &metas).await.err() } else { None };
+            let found = if rank.rank() == 0 {
+                compare(source, &token, &args.trust, &metas).await.err()
+            } else {
+                None
+            };
             let found = serde_json::to_vec(&found.map(|error| error.flattened()))?;
             for part in rank.collect("compare metas", found.into()).await?.iter() {
                 serde_json::from_slice::<Option<Error>>(part)?.map_or(Ok(()), Err)?;
@@ -122,9 +128,9 @@ async fn pull(
 }
 
 /// Owners that do not notice readers may have registered other weights under them: then their metas differ now.
-async fn compare(source: &str, token: &Token, metas: &Metas) -> Result<(), Error> {
+async fn compare(source: &str, token: &Token, trust: &TrustArgs, metas: &Metas) -> Result<(), Error> {
     let wrong = |kind, message: &str| Error::new(kind, "compare metas", message).with(Key::Endpoint, source);
-    let later = metas_file::load(source, token).await.map_err(|cause| {
+    let later = metas_file::load(source, token, trust).await.map_err(|cause| {
         let message = "the sender's metas cannot be read again, so nobody knows whether its memory stayed the same \
                        during the join; join again";
         wrong(ErrorKind::Unavailable, message).caused_by(std::io::Error::other(format!("{cause:#}")))
@@ -171,10 +177,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("metas.json");
         let (source, token) = (file.to_str().unwrap(), Token::random().unwrap());
+        let trust = TrustArgs::default();
         std::fs::write(&file, json(4096)).unwrap();
-        let metas = metas_file::load(source, &token).await.unwrap();
+        let metas = metas_file::load(source, &token, &trust).await.unwrap();
         assert!(metas.are_unchecked());
-        compare(source, &token, &metas).await.unwrap();
+        compare(source, &token, &trust, &metas).await.unwrap();
         // Other memory, other tensors, nothing at all.
         for (other, kind) in [
             (json(8192), ErrorKind::Corrupt),
@@ -183,7 +190,7 @@ mod tests {
             ("?".to_owned(), ErrorKind::Unavailable),
         ] {
             std::fs::write(&file, other).unwrap();
-            let error = compare(source, &token, &metas).await.unwrap_err();
+            let error = compare(source, &token, &trust, &metas).await.unwrap_err();
             assert_eq!(error.kind(), kind, "{error}");
             assert!(error.to_string().contains("join again"), "{error}");
         }

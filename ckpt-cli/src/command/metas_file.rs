@@ -4,15 +4,17 @@ use std::{path::Path, time::Duration};
 
 use ckpt_core::{Error, ErrorKind, Key, control::Token, metas::Metas};
 
+use super::http_get::{self, TrustArgs};
+
 const OPERATION: &str = "load metas";
 /// The path of a running instance's metas, where the URL names none.
 const METAS_PATH: &str = "/v1/metas";
 const FETCH_TIME: Duration = Duration::from_secs(30);
 
-/// Reads metas from a file, `http://host:port[/path]` or `unix:SOCKET`. An instance that asks for `token` is shown it.
-pub(crate) async fn load(source: &str, token: &Token) -> anyhow::Result<Metas> {
+/// Reads metas from a file, `http://host:port[/path]`, the same with `https://`, or `unix:SOCKET`. An instance that asks for `token` is shown it.
+pub(crate) async fn load(source: &str, token: &Token, trust: &TrustArgs) -> anyhow::Result<Metas> {
     let json = if source.contains("://") || source.starts_with("unix:") {
-        fetch(source, token).await.map_err(|e| e.with(Key::Endpoint, source))?
+        fetch(source, token, trust).await.map_err(|e| e.with(Key::Endpoint, source))?
     } else {
         tokio::fs::read(source).await.map_err(|e| {
             Error::new(
@@ -28,31 +30,14 @@ pub(crate) async fn load(source: &str, token: &Token) -> anyhow::Result<Metas> {
     Ok(metas.map_err(|e| e.with(Key::Path, source))?)
 }
 
-async fn fetch(source: &str, token: &Token) -> Result<Vec<u8>, Error> {
-    let unreachable = |e: reqwest::Error| {
-        Error::new(
-            ErrorKind::Unavailable,
-            OPERATION,
-            "the instance does not answer; is `ckpt serve` running there?",
-        )
-        .caused_by(e.without_url())
-    };
-    let builder = reqwest::Client::builder().timeout(FETCH_TIME).no_proxy();
-    let (builder, url) = match source.strip_prefix("unix:") {
-        Some(path) => {
-            let path = path.strip_prefix("//").unwrap_or(path);
-            (builder.unix_socket(Path::new(path)), format!("http://localhost{METAS_PATH}"))
-        }
-        None => (builder, source.to_owned()),
-    };
-    let mut url = reqwest::Url::parse(&url).map_err(|e| {
-        Error::new(ErrorKind::ConfigInvalid, OPERATION, "not a URL; write http://host:port or unix:SOCKET")
-            .caused_by(e)
-    })?;
+async fn fetch(source: &str, token: &Token, trust: &TrustArgs) -> Result<Vec<u8>, Error> {
+    const HINT: &str = "the instance does not answer; is `ckpt serve` running there?";
+    let unreachable = |e| http_get::unreachable(source, OPERATION, HINT, e);
+    let (builder, mut url) = http_get::client(source, trust, OPERATION)?;
     if url.path() == "/" {
         url.set_path(METAS_PATH);
     }
-    let client = builder.build().map_err(unreachable)?;
+    let client = builder.timeout(FETCH_TIME).build().map_err(unreachable)?;
     let mut response = client.get(url.clone()).send().await.map_err(unreachable)?;
     if response.status() == reqwest::StatusCode::UNAUTHORIZED {
         let token = String::from_utf8_lossy(token.reveal()).into_owned();

@@ -25,7 +25,7 @@ use self::{
     made::{Made, Task},
     published::PublishedRow,
 };
-use super::{shape::Shape, update::Ranks};
+use super::{http_get::TrustArgs, shape::Shape, update::Ranks};
 use crate::{
     Context,
     output::{Table, format_bytes},
@@ -53,6 +53,8 @@ pub(crate) struct PlanArgs {
     /// Metas: a file, http://HOST:PORT of a `ckpt serve`, or unix:SOCKET
     #[arg(long, value_name = "FILE|URL", conflicts_with = "shape")]
     metas: Option<String>,
+    #[command(flatten)]
+    trust: TrustArgs,
     /// A model's shape: qwen3-8b, qwen:MIB, tiny:COUNT, kimi-small, kimi-k2, glm-4.5-air, qwen3-235b or deepseek-v3.1
     #[arg(long, value_name = "SHAPE")]
     shape: Option<Shape>,
@@ -186,7 +188,8 @@ async fn predict(args: &PlanArgs, context: &Context, report: &mut Report) -> any
         .as_deref()
         .ok_or_else(|| wrong("--cluster is missing; write a file or a name that --list-clusters shows"))?;
     let cluster = clusters::load(name)?;
-    let source = source::load(args.checkpoint_path.clone(), args.metas.as_deref(), args.shape).await?;
+    let source =
+        source::load(args.checkpoint_path.clone(), args.metas.as_deref(), &args.trust, args.shape).await?;
     let mut limits = PlanLimits::from_env(&|name: &str| std::env::var(name).ok()).map_err(Error::from)?;
     if let Some(mib) = args.bucket_mib {
         limits.target_bucket_bytes = mib << 20;

@@ -21,6 +21,7 @@ use ckpt_core::{
     checkpoint::Pool,
     cluster::{ClusterEnv, TOKEN_VARIABLE},
     control::{Job, Session, Token},
+    tls::ServerTls,
 };
 use clap::{Args, ValueEnum};
 use serde_json::json;
@@ -30,7 +31,7 @@ use tokio::{
 };
 
 use self::{actor::Actor, api::App, paths::AllowedPaths, view::View};
-use super::update::WorkerProtocol;
+use super::{http_get::TrustArgs, update::WorkerProtocol};
 use crate::{
     Context,
     exit::Exit,
@@ -56,7 +57,8 @@ API is that of checkpoint-engine's own parameter server. A TCP listener that oth
 Examples:
   ckpt launch --nproc-per-node 8 -- ckpt serve --uds /run/user/1000/ps-{rank}.sock
   curl --unix-socket /run/user/1000/ps-0.sock http://ps/v1/healthz
-  CKPT_TOKEN=... torchrun --nproc-per-node 8 --no-python ckpt serve --listen 0.0.0.0:1973{rank} --allow-path /models")]
+  CKPT_TOKEN=... torchrun --nproc-per-node 8 --no-python ckpt serve --listen 0.0.0.0:1973{rank} --allow-path /models
+  CKPT_TOKEN=... ckpt serve --listen 0.0.0.0:19730 --tls-cert ps.pem --tls-key ps-key.pem --allow-path /models")]
 pub(crate) struct ServeArgs {
     /// Address of the HTTP server; `{rank}` and `{local_rank}` are filled in, port 0 takes a free one
     #[arg(long, value_name = "ADDRESS", conflicts_with = "uds", required_unless_present = "uds")]
@@ -67,6 +69,12 @@ pub(crate) struct ServeArgs {
     /// Write the address here once requests are taken; `{rank}` and `{local_rank}` are filled in
     #[arg(long, value_name = "FILE")]
     port_file: Option<String>,
+    /// Speak HTTPS over --listen, with this certificate (PEM, with those that it was signed with)
+    #[arg(long, value_name = "FILE", requires = "tls_key", conflicts_with = "uds")]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's private key (PEM)
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
     /// Only register files below this folder, links resolved; may be given several times [default: any file]
     #[arg(long, value_name = "ROOT")]
     allow_path: Vec<PathBuf>,
@@ -87,6 +95,8 @@ pub(crate) struct ServeArgs {
     #[arg(long, default_value_t = 10, value_name = "SECONDS")]
     grace: u32,
     #[command(flatten)]
+    trust: TrustArgs,
+    #[command(flatten)]
     policy: PolicyArgs,
     #[command(flatten)]
     job: JobArgs,
@@ -96,12 +106,16 @@ pub(crate) async fn run(args: ServeArgs, context: &Context) -> anyhow::Result<Ex
     // Before anything listens: a signal that comes early is not missed.
     let signals = Signals::new()?;
     let allowed = AllowedPaths::new(&args.allow_path)?;
+    let tls = match (&args.tls_cert, &args.tls_key) {
+        (Some(certificate), Some(key)) => Some(ServerTls::load(certificate, key)?),
+        _ => None,
+    };
     let secret = args.sender_token_file.as_deref().map(Token::from_file).transpose()?;
     let open = |folder: &Path| TraceFolder::open(folder, ClusterEnv::from_process()?.rank);
     let traces = args.trace_dir.as_deref().map(open).transpose()?;
     let reading = Reading { needed: secret.is_some(), secret };
     let rank = Rank::start_reading(&args.job, &context.registry, reading).await?;
-    serve(args, context, rank, allowed, signals, traces).await.map(|()| Exit::Success.into())
+    serve(args, context, rank, allowed, tls, signals, traces).await.map(|()| Exit::Success.into())
 }
 
 async fn serve(
@@ -109,6 +123,7 @@ async fn serve(
     context: &Context,
     rank: Rank,
     allowed: AllowedPaths,
+    tls: Option<ServerTls>,
     signals: Signals,
     traces: Option<TraceFolder>,
 ) -> anyhow::Result<()> {
@@ -121,7 +136,7 @@ async fn serve(
     };
     let (listener, token) = match (&args.uds, &args.listen) {
         (Some(path), _) => (Listener::unix(Path::new(&here(path)))?, None),
-        (None, Some(address)) => tcp(&here(address), &args, &job.session, &allowed).await?,
+        (None, Some(address)) => tcp(&here(address), &args, tls, &job.session, &allowed).await?,
         (None, None) => return Err(invalid("choose where to listen with --uds or --listen").into()),
     };
     let mut server = server.with_policy(args.policy.policy());
@@ -163,6 +178,7 @@ async fn serve(
         world_size: cluster.world_size,
         runtime_dir,
         protocol: args.worker_protocol,
+        trust: args.trust.clone(),
         check_workers: args.policy.verify().checks_workers(),
         view,
         traces,
@@ -299,6 +315,7 @@ async fn end(job: Arc<Job>, actor: JoinHandle<()>, wait: Duration) {
 async fn tcp(
     address: &str,
     args: &ServeArgs,
+    tls: Option<ServerTls>,
     session: &Session,
     allowed: &AllowedPaths,
 ) -> Result<(Listener, Option<Token>)> {
@@ -320,7 +337,7 @@ async fn tcp(
     if allowed.is_any() {
         tracing::warn!(%address, "clients may register any file that this process can read; limit them with --allow-path");
     }
-    Ok((Listener::tcp(address).await?, token))
+    Ok((Listener::tcp(address, tls).await?, token))
 }
 
 fn invalid(message: impl Into<String>) -> Error {

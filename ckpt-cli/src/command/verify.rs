@@ -9,7 +9,7 @@ use ckpt_core::{
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use super::http_get;
+use super::http_get::{self, TrustArgs};
 use crate::{Context, exit::Exit, output::Table};
 
 const OPERATION: &str = "verify the engines";
@@ -33,7 +33,9 @@ pub(crate) struct VerifyArgs {
     /// The digest that engines are asked for: xxh3-64, or sum-64, which torch can compute on its device
     #[arg(long, default_value = "xxh3-64", value_name = "NAME", value_parser = algorithm)]
     algorithm: DigestAlgorithm,
-    /// Engines: http://HOST:PORT or unix:SOCKET
+    #[command(flatten)]
+    trust: TrustArgs,
+    /// Engines: http(s)://HOST:PORT or unix:SOCKET
     #[arg(required = true, value_name = "ENGINE")]
     engines: Vec<String>,
 }
@@ -85,7 +87,7 @@ pub(crate) async fn run(args: VerifyArgs, context: &Context) -> anyhow::Result<E
     }
     let mut sides = Vec::new();
     for engine in &args.engines {
-        sides.push(ask(engine, args.algorithm).await?);
+        sides.push(ask(engine, args.algorithm, &args.trust).await?);
     }
     let reference = match args.checkpoint_path {
         Some(path) => {
@@ -120,9 +122,9 @@ pub(crate) async fn run(args: VerifyArgs, context: &Context) -> anyhow::Result<E
     }
 }
 
-async fn ask(engine: &str, algorithm: DigestAlgorithm) -> anyhow::Result<Side> {
+async fn ask(engine: &str, algorithm: DigestAlgorithm, trust: &TrustArgs) -> anyhow::Result<Side> {
     let path = format!("/v1/tensors?algorithm={}", algorithm.name());
-    let body = http_get::get(engine, &path, OPERATION).await?;
+    let body = http_get::get(engine, &path, trust, OPERATION).await?;
     let wrong = |e: serde_json::Error| {
         let text = "it did not answer with a list of tensors and digests; see docs/worker-protocol.md";
         Error::new(ErrorKind::Unsupported, OPERATION, text).with(Key::Endpoint, engine).caused_by(e)

@@ -174,6 +174,10 @@ impl Receiver {
             Some(Err(error)) if error.get_ref().is_some_and(|e| e.is::<LengthDelimitedCodecError>()) => {
                 Err(ReceiveError::TooLong { limit: self.frames.decoder().max_frame_length() })
             }
+            // TLS whose end was not announced: a process that was killed does not.
+            Some(Err(error)) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+                Err(ReceiveError::Closed)
+            }
             Some(Err(error)) => Err(ReceiveError::Io(error)),
         }
     }

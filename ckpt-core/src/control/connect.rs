@@ -15,14 +15,18 @@ use super::{
     server::Hub,
     server_gate::CHECK_TOKEN,
     session::SessionConfig,
-    token::TokenSource,
+    token::{Token, TokenSource},
 };
-use crate::error::{Error, ErrorKind, Key, Recovery, Result};
+use crate::{
+    error::{Error, ErrorKind, Key, Recovery, Result},
+    tls::{HandshakeError, JobTls, SecureStream},
+};
 
 /// One attempt to open a connection.
 const TRY_FOR: Duration = Duration::from_secs(3);
 /// From an open connection to the hub's answer.
 const GREET_FOR: Duration = Duration::from_secs(10);
+const GREET: &str = "greet the hub";
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
@@ -108,8 +112,54 @@ async fn attempt(config: &SessionConfig, way: Way<'_>, deadline: Instant) -> Res
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "cannot set TCP_NODELAY");
     }
-    let (read, write) = stream.into_split();
+    if !config.tls {
+        let (read, write) = stream.into_split();
+        return greet(config, read, write, deadline).await;
+    }
+    let (read, write) = tokio::io::split(secure(config, stream, deadline).await?);
     greet(config, read, write, deadline).await
+}
+
+async fn secure(
+    config: &SessionConfig,
+    stream: TcpStream,
+    deadline: Instant,
+) -> Result<SecureStream, Attempt> {
+    let fail = |operation, kind, message: String| {
+        Error::new(kind, operation, message).with(Key::Peer, &config.address)
+    };
+    let tls = JobTls::new(config.read_token()?.reveal()).map_err(Attempt::Never)?;
+    let deadline = deadline.min(Instant::now() + GREET_FOR);
+    match timeout_at(deadline.into(), tls.connect(stream)).await {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(HandshakeError::NotTls)) => Err(Attempt::Never(fail(
+            GREET,
+            ErrorKind::ConfigInvalid,
+            format!(
+                "rank {} wants TLS and the hub does not speak it; give --tls or CKPT_TLS=1 to all ranks or to none",
+                config.rank
+            ),
+        ))),
+        Ok(Err(HandshakeError::OtherToken)) => {
+            let cause = fail(
+                CHECK_TOKEN,
+                ErrorKind::ConfigInvalid,
+                format!(
+                    "the hub's TLS key was made of another token than rank {} has; give all ranks the same CKPT_TOKEN",
+                    config.rank
+                ),
+            )
+            .recovery_is(Recovery::Retry);
+            Err(if may_go_away(config, &cause) { Attempt::Again(cause) } else { Attempt::Never(cause) })
+        }
+        Ok(Err(error @ HandshakeError::Broken(_))) => {
+            Err(Attempt::Again(fail(GREET, ErrorKind::PeerLost, error.to_string())))
+        }
+        Err(_) => {
+            let message = "the connection was accepted and no TLS handshake came".to_owned();
+            Err(Attempt::Again(fail(GREET, ErrorKind::Timeout, message)))
+        }
+    }
 }
 
 async fn open(address: &HubAddress, deadline: Instant) -> Result<TcpStream> {
@@ -141,14 +191,9 @@ async fn greet(
     mut write: impl AsyncWrite + Send + Unpin + 'static,
     deadline: Instant,
 ) -> Result<Connected, Attempt> {
-    let fail =
-        |kind, message: String| Error::new(kind, "greet the hub", message).with(Key::Peer, &config.address);
+    let fail = |kind, message: String| Error::new(kind, GREET, message).with(Key::Peer, &config.address);
     let deadline = deadline.min(Instant::now() + GREET_FOR);
-    let hello = config.hello().map_err(|error| match config.token {
-        // Rank 0 writes the file when its hub is up.
-        TokenSource::File(_) => Attempt::Again(error),
-        TokenSource::Known(_) => Attempt::Never(error),
-    })?;
+    let hello = config.hello(config.read_token()?);
     let frame = encode(&ToHub::Hello(hello), GREETING_FRAME_BYTES).map_err(Attempt::Never)?;
     let greeted_at = Instant::now();
     let mut receiver = Receiver::new(Box::new(read));
@@ -196,6 +241,16 @@ async fn greet(
         Err(error @ (ReceiveError::Closed | ReceiveError::Io(_))) => {
             Err(Attempt::Again(fail(ErrorKind::PeerLost, error.to_string())))
         }
+    }
+}
+
+impl SessionConfig {
+    fn read_token(&self) -> Result<Token, Attempt> {
+        self.token.read().map_err(|error| match self.token {
+            // Rank 0 writes the file when its hub is up.
+            TokenSource::File(_) => Attempt::Again(error),
+            TokenSource::Known(_) => Attempt::Never(error),
+        })
     }
 }
 

@@ -14,6 +14,7 @@ use crate::{
     control::HubAddress,
     deadlines::Deadlines,
     error::{Error, ErrorKind, Result},
+    tls::{self, JobTls},
 };
 
 /// What a process must know to join its job.
@@ -27,10 +28,12 @@ pub struct JobOptions {
     pub runtime_dir: PathBuf,
     /// The time limits.
     pub deadlines: Deadlines,
+    /// Whether what the ranks say to each other is encrypted ([`crate::tls`]), which all must agree on.
+    pub tls: bool,
 }
 
 impl JobOptions {
-    /// Takes the token from `token_file` if one is given, else from `CKPT_TOKEN`.
+    /// Takes the token from `token_file` if one is given, else from `CKPT_TOKEN`; `CKPT_TLS` says whether there is TLS.
     pub fn detect(
         variable: &dyn Fn(&str) -> Option<String>,
         token_file: Option<&Path>,
@@ -44,7 +47,7 @@ impl JobOptions {
             (None, Some(token)) => Some(Token::new(token)?),
             (None, None) => None,
         };
-        Ok(Self { cluster, token, runtime_dir, deadlines })
+        Ok(Self { cluster, token, runtime_dir, deadlines, tls: tls::is_wanted(variable)? })
     }
 }
 
@@ -65,7 +68,11 @@ impl Job {
     /// Starts the hub on rank 0 and joins it on every rank. Returns when the hub has welcomed this rank; the others may
     /// still be on their way ([`Session::barrier`] waits for them).
     pub async fn join(options: JobOptions) -> Result<Job> {
-        let JobOptions { cluster, token, runtime_dir, deadlines } = options;
+        let JobOptions { cluster, token, runtime_dir, deadlines, tls } = options;
+        if tls {
+            // Before anything is waited for: what cannot go well is told at once.
+            token.as_ref().map_or_else(tls::check, |token| JobTls::new(token.reveal()).map(drop))?;
+        }
         let mut address = cluster.hub.clone();
         let (mut hub, mut token_file, mut kept) = (None, None, None);
         let source = if cluster.rank == 0 {
@@ -86,6 +93,7 @@ impl Job {
                 token: token.clone(),
                 world_size: cluster.world_size,
                 deadlines,
+                tls,
             };
             let decisions = decisions_path(&runtime_dir, &cluster.job, &cluster.hub);
             let listening = Hub::bind_keeping(options, Some(decisions.clone())).await?;
@@ -109,8 +117,9 @@ impl Job {
                 None => return Err(no_token(&cluster)),
             }
         };
-        let config =
+        let mut config =
             SessionConfig::new(address, &cluster.job, source, cluster.rank, cluster.world_size, deadlines)?;
+        config.tls = tls;
         // Rank 0 may not reach itself by the name that others use, so it takes no detour.
         let session = match &hub {
             Some(hub) => Session::in_process(hub, config).await?,

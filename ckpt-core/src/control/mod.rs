@@ -18,8 +18,8 @@
 //!   number of places. The token is compared in constant time.
 //! - *Nobody waits for a stuck rank.* Each connection has its own bounded queue and writer; a rank whose queue is full is
 //!   given up.
-//! - The token and all messages cross the network in clear text: the control plane belongs on a trusted network, like
-//!   the transports.
+//! - The token and all messages cross the network in clear text, unless the job has TLS ([`crate::tls`]): then the same
+//!   frames go inside it.
 
 mod address;
 pub(crate) mod codec;

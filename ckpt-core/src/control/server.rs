@@ -20,12 +20,13 @@ use super::{
     hub_machine::{AttemptStatus, RankStatus},
     journal::Journal,
     server_core::{Core, Input},
-    server_gate::Gate,
+    server_gate::{Door, Gate},
     token::Token,
 };
 use crate::{
     deadlines::Deadlines,
     error::{Error, ErrorKind, Key, Result},
+    tls::JobTls,
 };
 
 const OPERATION: &str = "start the hub";
@@ -53,6 +54,8 @@ pub struct HubOptions {
     pub world_size: u32,
     /// The time limits.
     pub deadlines: Deadlines,
+    /// Whether the connections are encrypted ([`crate::tls`]); ranks of this process have none.
+    pub tls: bool,
 }
 
 /// The hub's view of the job, ready to be printed as JSON.
@@ -88,12 +91,14 @@ impl Hub {
     /// The same; each commit is written to the file `decisions` before anybody is told, and a hub that is started in the
     /// place of a dead one knows from it how the last updates ended.
     pub async fn bind_keeping(options: HubOptions, decisions: Option<PathBuf>) -> Result<Hub> {
+        let tls = options.tls.then(|| JobTls::new(options.token.reveal())).transpose()?;
         let listener = listen(&options.address).await?;
         let address = listener.local_addr().map_err(|e| cannot_listen(&options.address, &e))?;
         let strangers = STRANGERS + 2 * options.world_size as usize;
         let hub = Self::start(options, Some(address), decisions);
         tracing::info!(%address, "the hub listens");
-        hub.tasks.spawn(accept(listener, hub.gate.clone(), hub.tasks.clone(), strangers, hub.cancel.clone()));
+        let door = Door { gate: hub.gate.clone(), tls };
+        hub.tasks.spawn(accept(listener, door, hub.tasks.clone(), strangers, hub.cancel.clone()));
         Ok(hub)
     }
 
@@ -142,7 +147,9 @@ impl Hub {
         let cancel = self.cancel.clone();
         self.tasks.spawn(async move {
             cancel
-                .run_until_cancelled_owned(gate.admit(Box::new(read), Box::new(write), "this process"))
+                .run_until_cancelled_owned(async move {
+                    gate.admit(Box::new(read), Box::new(write), "this process", gate.deadline()).await;
+                })
                 .await
         });
         theirs
@@ -203,7 +210,7 @@ fn cannot_listen(address: &HubAddress, error: &std::io::Error) -> Error {
 /// Accepts until cancelled. A stranger costs a permit until it has greeted or its time is up.
 async fn accept(
     listener: TcpListener,
-    gate: Arc<Gate>,
+    door: Door,
     tasks: TaskTracker,
     strangers: usize,
     cancel: CancellationToken,
@@ -223,11 +230,9 @@ async fn accept(
             if let Err(error) = stream.set_nodelay(true) {
                 tracing::debug!(%error, "cannot set TCP_NODELAY");
             }
-            let (read, write) = stream.into_split();
-            let (gate, cancel, peer) = (gate.clone(), cancel.clone(), peer.to_string());
+            let (door, cancel, peer) = (door.clone(), cancel.clone(), peer.to_string());
             tasks.spawn(async move {
-                let admit = gate.admit(Box::new(read), Box::new(write), &peer);
-                cancel.run_until_cancelled(admit).await;
+                cancel.run_until_cancelled(door.open(stream, &peer)).await;
                 drop(permit);
             });
         }

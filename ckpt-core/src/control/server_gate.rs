@@ -1,8 +1,17 @@
 //! The gate in front of the hub: nobody gets to the hub's task without a valid greeting.
 
-use std::time::Duration;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use tokio::{io::AsyncWriteExt, sync::mpsc, time::timeout};
+use bytes::Bytes;
+use tokio::{
+    io::AsyncWriteExt,
+    net::TcpStream,
+    sync::mpsc,
+    time::{timeout, timeout_at},
+};
 
 use super::{
     codec::{BoxRead, BoxWrite, GREETING_FRAME_BYTES, PROTOCOL_VERSION, ReceiveError, Receiver, encode},
@@ -11,7 +20,10 @@ use super::{
     server_core::Input,
     token::Token,
 };
-use crate::error::{Error, ErrorKind, Key, Recovery, Result};
+use crate::{
+    error::{Error, ErrorKind, Key, Recovery, Result},
+    tls::{self, HandshakeError, JobTls, Meeting},
+};
 
 /// The operation of a refusal because of the token: a rank that reads it from a file tries again.
 pub(super) const CHECK_TOKEN: &str = "check the job's token";
@@ -22,6 +34,53 @@ const GREET_FOR: Duration = Duration::from_secs(5);
 const REFUSE_FOR: Duration = Duration::from_secs(1);
 /// How much of a stranger's words is repeated in messages.
 const QUOTED_CHARS: usize = 64;
+
+/// How a connection from outside gets to the gate.
+#[derive(Clone, Debug)]
+pub(super) struct Door {
+    pub(super) gate: Arc<Gate>,
+    pub(super) tls: Option<JobTls>,
+}
+
+impl Door {
+    /// Shakes hands where the job has TLS, and passes the connection on. Ends in bounded time.
+    pub(super) async fn open(self, stream: TcpStream, peer: &str) {
+        let until = self.gate.deadline();
+        let meeting = match timeout_at(until.into(), tls::meet(&stream, self.tls.is_some())).await {
+            Ok(Ok(meeting)) => meeting,
+            // It said nothing.
+            Ok(Err(_)) | Err(_) => return tracing::debug!(peer, "a connection said nothing and is closed"),
+        };
+        match (meeting, &self.tls) {
+            (Meeting::Fits, None) => {
+                let (read, write) = stream.into_split();
+                self.gate.admit(Box::new(read), Box::new(write), peer, until).await;
+            }
+            (Meeting::Fits, Some(tls)) => match timeout_at(until.into(), tls.accept(stream)).await {
+                Ok(Ok(stream)) => {
+                    let (read, write) = tokio::io::split(stream);
+                    self.gate.admit(Box::new(read), Box::new(write), peer, until).await;
+                }
+                Ok(Err(error @ HandshakeError::OtherToken)) => {
+                    tracing::warn!(peer, %error, "refused a connection");
+                }
+                Ok(Err(error)) => tracing::debug!(peer, %error, "a connection is closed"),
+                Err(_) => tracing::debug!(peer, "a TLS handshake took too long"),
+            },
+            (Meeting::WantsPlain, _) => {
+                tracing::warn!(peer, "refused a connection without TLS");
+                let message = "the hub wants TLS and this rank does not; give --tls or CKPT_TLS=1 to all ranks or to none";
+                if let Ok(frame) = refusal_frame(refusal("join the job", message.to_owned())) {
+                    tls::farewell(stream, &frame).await;
+                }
+            }
+            (Meeting::WantsTls, _) => {
+                tracing::warn!(peer, "refused a connection with TLS, which this job does not use");
+                tls::refuse_tls(stream).await;
+            }
+        }
+    }
+}
 
 /// Checks greetings.
 #[derive(Debug)]
@@ -44,10 +103,15 @@ impl Gate {
         }
     }
 
+    /// When a connection that comes now must have greeted.
+    pub(super) fn deadline(&self) -> Instant {
+        Instant::now() + self.greet_for
+    }
+
     /// Reads the greeting; passes the connection on or refuses it. Ends in bounded time.
-    pub(super) async fn admit(&self, read: BoxRead, write: BoxWrite, peer: &str) {
+    pub(super) async fn admit(&self, read: BoxRead, write: BoxWrite, peer: &str, until: Instant) {
         let mut receiver = Receiver::new(read);
-        let cause = match timeout(self.greet_for, receiver.next::<ToHub>()).await {
+        let cause = match timeout_at(until.into(), receiver.next::<ToHub>()).await {
             Err(_) => {
                 tracing::debug!(peer, "a connection said nothing and is closed");
                 return;
@@ -134,9 +198,13 @@ fn quoted(text: &str) -> String {
     text.chars().take(QUOTED_CHARS).collect()
 }
 
+fn refusal_frame(cause: Error) -> Result<Bytes> {
+    encode(&ToRank::Refused { cause }, GREETING_FRAME_BYTES)
+}
+
 /// Says why and closes.
 pub(super) async fn refuse(mut write: BoxWrite, cause: Error) {
-    let Ok(frame) = encode(&ToRank::Refused { cause }, GREETING_FRAME_BYTES) else { return };
+    let Ok(frame) = refusal_frame(cause) else { return };
     let say = async {
         write.write_all(&frame).await?;
         write.shutdown().await

@@ -21,6 +21,7 @@ async fn a_rank_that_reads_nothing_is_given_up_and_holds_nobody_up() {
         token: token.clone(),
         world_size: 2,
         deadlines,
+        tls: false,
     });
     let config =
         |rank| SessionConfig::new(address.clone(), "job", token.clone(), rank, 2, deadlines).unwrap();
@@ -28,7 +29,7 @@ async fn a_rank_that_reads_nothing_is_given_up_and_holds_nobody_up() {
 
     // Rank 1 asks and asks, and never reads an answer.
     let mut stuck = hub.attach();
-    let hello = encode(&ToHub::Hello(config(1).hello().unwrap()), FRAME_BYTES).unwrap();
+    let hello = encode(&ToHub::Hello(config(1).hello(token.clone())), FRAME_BYTES).unwrap();
     stuck.write_all(&hello).await.unwrap();
     let alive = encode(&ToHub::Alive, FRAME_BYTES).unwrap().repeat(1000);
     let ask = async { while stuck.write_all(&alive).await.is_ok() {} };

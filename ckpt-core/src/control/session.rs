@@ -54,10 +54,12 @@ pub struct SessionConfig {
     pub incarnation: u64,
     /// `join` bounds the connecting; the hub's own heartbeat interval and silence limit replace those here.
     pub deadlines: Deadlines,
+    /// Whether the connection is encrypted ([`crate::tls`]), which hub and ranks must agree on.
+    pub tls: bool,
 }
 
 impl SessionConfig {
-    /// Fills in host, pid and a random incarnation.
+    /// Fills in host, pid and a random incarnation; without TLS.
     pub fn new(
         address: HubAddress,
         job: impl Into<String>,
@@ -81,20 +83,21 @@ impl SessionConfig {
             pid: std::process::id(),
             incarnation: u64::from_ne_bytes(incarnation),
             deadlines,
+            tls: false,
         })
     }
 
-    pub(super) fn hello(&self) -> Result<Hello> {
-        Ok(Hello {
+    pub(super) fn hello(&self, token: Token) -> Hello {
+        Hello {
             protocol: PROTOCOL_VERSION,
             job: self.job.clone(),
-            token: self.token.read()?.reveal().clone(),
+            token: token.reveal().clone(),
             rank: self.rank,
             world_size: self.world_size,
             incarnation: self.incarnation,
             host: self.host.clone(),
             pid: self.pid,
-        })
+        }
     }
 }
 

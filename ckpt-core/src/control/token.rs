@@ -1,7 +1,7 @@
 //! The job's shared secret: whoever has it may join the job.
 //!
 //! It keeps a rank of another job, or a stranger on the network, out of this one. It crosses the network in clear
-//! text, so it is no defence against somebody who can read the traffic between the nodes.
+//! text unless the job has TLS, so without TLS it is no defence against somebody who can read the traffic between the nodes.
 
 use std::{
     fmt,

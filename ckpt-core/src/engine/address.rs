@@ -1,6 +1,9 @@
 //! Where an engine listens.
 
-use std::{fmt, path::PathBuf};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
 
 use reqwest::Url;
 
@@ -14,27 +17,24 @@ const LONGEST_SOCKET_PATH: usize = 107;
 pub struct EngineAddress {
     url: Url,
     socket: Option<PathBuf>,
+    ca: Option<PathBuf>,
 }
 
 impl EngineAddress {
-    /// From `http://host:port[/path]` or `unix:/path/of/socket`.
+    /// From `http://host:port[/path]`, the same with `https://`, or `unix:/path/of/socket`.
     pub fn parse(endpoint: &str) -> Result<Self> {
         if let Some(path) = endpoint.strip_prefix("unix:") {
             let path = path.strip_prefix("//").unwrap_or(path);
             let url =
                 Url::parse("http://localhost/").map_err(|error| invalid(endpoint, &error.to_string()))?;
-            return Self { url, socket: None }.over_socket(Some(PathBuf::from(path)));
+            return Self { url, socket: None, ca: None }.over_socket(Some(PathBuf::from(path)));
         }
         let url = Url::parse(endpoint).map_err(|error| invalid(endpoint, &error.to_string()))?;
         match url.scheme() {
-            "http" if url.has_host() => Ok(Self { url, socket: None }),
-            "http" => Err(invalid(endpoint, "it names no host")),
-            "https" => Err(invalid(
-                endpoint,
-                "TLS is not built in: use http:// on a trusted network or a local proxy",
-            )),
+            "http" | "https" if url.has_host() => Ok(Self { url, socket: None, ca: None }),
+            "http" | "https" => Err(invalid(endpoint, "it names no host")),
             // `localhost:8000` parses as scheme `localhost`.
-            _ => Err(invalid(endpoint, "it does not begin with http:// or unix:")),
+            _ => Err(invalid(endpoint, "it does not begin with http://, https:// or unix:")),
         }
     }
 
@@ -53,6 +53,18 @@ impl EngineAddress {
         }
         self.socket = Some(socket);
         Ok(self)
+    }
+
+    /// The same; a server at `https://` is verified with the certificates in this file and not with those that the system
+    /// trusts.
+    pub fn trusting(mut self, ca: Option<PathBuf>) -> Self {
+        self.ca = ca;
+        self
+    }
+
+    /// The file with the certificates to verify it with.
+    pub(crate) fn ca(&self) -> Option<&Path> {
+        self.ca.as_deref()
     }
 
     /// The URL of `path` below the endpoint's own path.
@@ -83,7 +95,8 @@ impl fmt::Display for EngineAddress {
 }
 
 fn invalid(endpoint: &str, why: &str) -> Error {
-    let message = format!("`{endpoint}` is no engine address: {why}; write http://host:port or unix:/path");
+    let message =
+        format!("`{endpoint}` is no engine address: {why}; write http(s)://host:port or unix:/path");
     Error::new(ErrorKind::ConfigInvalid, "read an engine's address", message).with(Key::Endpoint, endpoint)
 }
 
@@ -105,12 +118,10 @@ mod tests {
     #[test]
     fn mistakes_are_told_with_the_fix() {
         let long = format!("unix:/{}", "x".repeat(LONGEST_SOCKET_PATH));
-        for bad in
-            ["", "localhost:8000", "https://host:1", "http://", "unix:", "unix:relative", "ftp://h", &long]
-        {
+        for bad in ["", "localhost:8000", "https://", "http://", "unix:", "unix:relative", "ftp://h", &long] {
             let error = EngineAddress::parse(bad).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::ConfigInvalid, "{bad}");
-            assert!(error.to_string().contains("write http://host:port or unix:/path"), "{error}");
+            assert!(error.to_string().contains("write http(s)://host:port or unix:/path"), "{error}");
         }
     }
 }

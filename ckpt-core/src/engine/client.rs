@@ -9,6 +9,7 @@ use super::EngineAddress;
 use crate::{
     error::{Error, ErrorKind, Key, Result},
     liveness,
+    tls::{self, http_client},
 };
 
 /// More of an answer than this is not read.
@@ -57,7 +58,7 @@ impl EngineClient {
     pub(crate) fn new(engine: &'static str, address: EngineAddress) -> Result<Self> {
         // A proxy from the environment must not stand between a rank and the engine beside it. Requests are rare and
         // long, so a connection that went stale in a pool would cost more than a new one.
-        let mut builder = reqwest::Client::builder()
+        let mut builder = http_client(address.url(), address.ca())?
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
             .pool_max_idle_per_host(0)
@@ -118,6 +119,8 @@ impl EngineClient {
                     return Err(self.error(ErrorKind::ConfigInvalid, OPERATION, message));
                 }
                 Ok(reply) => self.refused(OPERATION, &reply).message().to_owned(),
+                // Waiting brings no other certificate.
+                Err(error) if error.kind() == ErrorKind::ConfigInvalid => return Err(error),
                 Err(error) => {
                     if error.kind() == ErrorKind::Timeout
                         && let Some(error) = self.stopped(OPERATION).await
@@ -226,6 +229,10 @@ impl EngineClient {
         let deepest =
             std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source()).last();
         let cause = deepest.map(ToString::to_string).unwrap_or_default();
+        if let Some(why) = tls::explain(error) {
+            let message = format!("cannot connect to {}: {why} ({cause})", self.engine);
+            return self.error(ErrorKind::ConfigInvalid, operation, message);
+        }
         let message = if error.is_connect() {
             format!("cannot connect to {}: {cause}", self.engine)
         } else {

@@ -89,10 +89,12 @@ pub trait Engine: Send + Sync {
 pub struct EngineConfig {
     /// One of [`ENGINES`].
     pub kind: String,
-    /// `http://host:port` or `unix:/path`; for `http` the full URL of the update request.
+    /// `http://host:port`, `https://host:port` or `unix:/path`; for `http` the full URL of the update request.
     pub endpoint: String,
     /// A UNIX socket to connect to instead of the endpoint's host; the endpoint still gives the path.
     pub uds: Option<PathBuf>,
+    /// A file with the certificates that an `https://` endpoint is verified with; `None`: those that this system trusts.
+    pub ca: Option<PathBuf>,
     /// For `http`: what to send.
     pub template: Option<HttpTemplate>,
 }
@@ -106,7 +108,13 @@ pub fn create(config: EngineConfig) -> Result<Arc<dyn Engine>> {
     if config.template.is_some() && config.kind != "http" {
         return Err(invalid(format!("a request template goes with engine http, not with {}", config.kind)));
     }
-    let address = || EngineAddress::parse(&config.endpoint)?.over_socket(config.uds.clone());
+    let address = || {
+        Ok::<_, Error>(
+            EngineAddress::parse(&config.endpoint)?
+                .over_socket(config.uds.clone())?
+                .trusting(config.ca.clone()),
+        )
+    };
     Ok(match config.kind.as_str() {
         "vllm" => Arc::new(VllmEngine::new(address()?)?),
         "vllm-native" => Arc::new(VllmNativeEngine::new(address()?)?),

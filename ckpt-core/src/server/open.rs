@@ -65,6 +65,7 @@ const SYSFS_VARIABLE: &str = "CKPT_SYSFS";
 pub async fn open(options: OpenOptions, registry: &Registry) -> Result<Opened> {
     let OpenOptions { job, device, transport, reader, reading, bind, connections, limits } = options;
     let (cluster, deadlines, runtime_dir) = (job.cluster.clone(), job.deadlines, job.runtime_dir.clone());
+    let tls = job.tls;
     let device_config =
         DeviceConfig { rank: cluster.rank, local_rank: cluster.local_rank, runtime_dir: runtime_dir.clone() };
     let device = registry.open_device(&device, &device_config)?;
@@ -79,7 +80,7 @@ pub async fn open(options: OpenOptions, registry: &Registry) -> Result<Opened> {
         None => address_towards(&cluster.hub.host, cluster.hub.port)?,
     };
     let secret = job.session.secret()?.reveal().to_vec();
-    let config = TransportConfig { bind, runtime_dir, secret, connections, device: device.clone() };
+    let config = TransportConfig { bind, runtime_dir, secret, tls, connections, device: device.clone() };
     let required = Requirement {
         collective: cluster.world_size > 1,
         one_sided: false,
@@ -91,6 +92,9 @@ pub async fn open(options: OpenOptions, registry: &Registry) -> Result<Opened> {
     let name = transport.name();
     let reader =
         open_reader(reader, reading, transport.clone(), config, !cluster.is_single_host(), registry)?;
+    if tls {
+        warn_of_clear_text([&*transport, &*reader]);
+    }
     tracing::info!(rank = cluster.rank, transport = name, device = device.kind(), "joined the job");
     let numbering = cluster.local_world_size.map(|ranks| Accelerators {
         local_rank: cluster.local_rank,
@@ -106,6 +110,22 @@ pub async fn open(options: OpenOptions, registry: &Registry) -> Result<Opened> {
         .with_reader(reader)
         .with_location(host_name(), hca);
     Ok(Opened { job, server, transport: name })
+}
+
+/// TLS covers what the ranks say to each other; not every transport can put weights into it.
+fn warn_of_clear_text(transports: [&dyn Transport; 2]) {
+    let clear = transports.into_iter().filter(|transport| {
+        let can = transport.capability();
+        can.across_hosts && !can.encrypts
+    });
+    let mut names: Vec<_> = clear.map(|transport| transport.name()).collect();
+    names.dedup();
+    for name in names {
+        tracing::warn!(
+            transport = name,
+            "weights cross the network in clear text: this transport has no TLS; tcp has"
+        );
+    }
 }
 
 /// The names of what broadcasts and of what reads.

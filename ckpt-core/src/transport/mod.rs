@@ -38,6 +38,8 @@ pub struct Capability {
     pub across_processes: bool,
     /// It reaches other hosts.
     pub across_hosts: bool,
+    /// It encrypts what leaves the host where the job has TLS.
+    pub encrypts: bool,
     /// The device kinds whose streams it enqueues on, `host`, `cuda`, `ascend`.
     pub devices: &'static [&'static str],
 }

@@ -39,6 +39,8 @@ pub struct TransportConfig {
     pub runtime_dir: PathBuf,
     /// The job's shared secret; listeners ask for it.
     pub secret: Vec<u8>,
+    /// Whether connections between ranks are encrypted, where the transport can ([`crate::tls`]).
+    pub tls: bool,
     /// Connections per peer, for transports that stripe.
     pub connections: usize,
     /// The rank's device.

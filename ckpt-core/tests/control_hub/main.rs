@@ -7,4 +7,6 @@ mod jobs;
 mod processes;
 mod strangers;
 mod support;
+#[cfg(feature = "tls")]
+mod tls;
 mod updates;

@@ -51,6 +51,7 @@ pub fn options(world_size: u32, deadlines: Deadlines) -> HubOptions {
         token: token(),
         world_size,
         deadlines,
+        tls: false,
     }
 }
 

@@ -78,6 +78,7 @@ impl Job {
             token: token.clone(),
             world_size: shape.world_size,
             deadlines,
+            tls: false,
         });
         let (mut servers, mut devices) = (Vec::new(), Vec::new());
         for rank in 0..shape.world_size {
@@ -95,6 +96,7 @@ impl Job {
                 .open(&TransportConfig {
                     bind: Ipv4Addr::LOCALHOST.into(),
                     runtime_dir,
+                    tls: false,
                     secret: shape.secret.into(),
                     connections: 2,
                     device: device.clone(),

@@ -67,6 +67,7 @@ impl Setup {
             token: token.clone(),
             world_size: self.world_size,
             deadlines: self.deadlines,
+            tls: false,
         };
         let hub = Hub::bind(options.clone()).await.unwrap();
         options.address = hub.address().unwrap().into();
@@ -92,6 +93,7 @@ impl Setup {
             let transport = provider.open(&TransportConfig {
                 bind: Ipv4Addr::LOCALHOST.into(),
                 runtime_dir: runtime_dir.clone(),
+                tls: false,
                 secret: b"driver".to_vec(),
                 connections: 2,
                 device: device.clone(),

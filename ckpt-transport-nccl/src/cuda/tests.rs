@@ -30,6 +30,7 @@ fn config(device: Arc<dyn DeviceBackend>) -> TransportConfig {
     TransportConfig {
         bind: std::net::Ipv4Addr::LOCALHOST.into(),
         runtime_dir: std::env::temp_dir(),
+        tls: false,
         secret: b"secret".to_vec(),
         connections: 1,
         device,

@@ -124,6 +124,7 @@ impl Transport for CudaIpcTransport {
             one_sided_write: false,
             across_processes: true,
             across_hosts: false,
+            encrypts: false,
             devices: &["cuda"],
         }
     }

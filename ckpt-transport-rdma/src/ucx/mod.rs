@@ -117,6 +117,7 @@ impl Transport for UcxTransport {
             one_sided_write: true,
             across_processes: true,
             across_hosts: !self.node.listens.ip().is_loopback(),
+            encrypts: false,
             devices: &["host"],
         }
     }

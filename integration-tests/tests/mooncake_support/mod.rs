@@ -148,6 +148,7 @@ impl Real {
         provider.open(&TransportConfig {
             bind: std::net::Ipv4Addr::LOCALHOST.into(),
             runtime_dir,
+            tls: false,
             secret: Vec::new(),
             connections: 1,
             device,

@@ -17,8 +17,9 @@ pub(super) async fn run(args: &TransportArgs) -> anyhow::Result<Option<Measured>
     let env = |name: &str| std::env::var(name).ok();
     let deadlines = Deadlines { join: args.limit(), ..Deadlines::default() };
     let runtime_dir = runtime_dir()?;
-    let options = JobOptions::detect(&env, args.token_file.as_deref(), runtime_dir.clone(), deadlines)?;
-    let cluster = options.cluster.clone();
+    let mut options = JobOptions::detect(&env, args.token_file.as_deref(), runtime_dir.clone(), deadlines)?;
+    options.tls |= args.tls;
+    let (cluster, tls) = (options.cluster.clone(), options.tls);
     let registry = registry_in(&args.env(cluster.rank));
     let config =
         DeviceConfig { rank: cluster.rank, local_rank: cluster.local_rank, runtime_dir: runtime_dir.clone() };
@@ -32,6 +33,7 @@ pub(super) async fn run(args: &TransportArgs) -> anyhow::Result<Option<Measured>
     let config = TransportConfig {
         bind,
         runtime_dir,
+        tls,
         secret: job.session.secret()?.reveal().to_vec(),
         connections: usize::from(args.connections),
         device: device.clone(),

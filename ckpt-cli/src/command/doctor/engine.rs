@@ -1,11 +1,15 @@
 //! An inference engine: is it there, what is it, and can it be updated? Only questions are asked, nothing is changed.
 
-use std::{path::Path, time::Duration};
+use std::time::Duration;
 
+use ckpt_core::tls;
 use reqwest::{Client, StatusCode};
 use serde_json::Value;
 
-use super::Finding;
+use super::{
+    super::http_get::{self, TrustArgs},
+    Finding,
+};
 
 const AREA: &str = "engine";
 /// For one answer.
@@ -22,7 +26,10 @@ impl Engine {
     /// Status and body, if the engine answers.
     async fn ask(&self, path: &str) -> Result<(StatusCode, String), String> {
         let request = self.client.get(format!("{}{path}", self.base)).send();
-        let mut response = request.await.map_err(|error| error.without_url().to_string())?;
+        let mut response = request.await.map_err(|error| match tls::explain(&error) {
+            Some(why) => why.to_owned(),
+            None => error.without_url().to_string(),
+        })?;
         let status = response.status();
         let mut body = Vec::new();
         while let Some(chunk) = response.chunk().await.map_err(|error| error.without_url().to_string())? {
@@ -41,22 +48,16 @@ impl Engine {
 }
 
 /// All that can be found out about the engine at `endpoint`.
-pub(super) async fn look(endpoint: &str) -> Vec<Finding> {
-    let builder = Client::builder().timeout(LIMIT).no_proxy();
-    let (builder, base) = match endpoint.strip_prefix("unix:") {
-        Some(path) => (builder.unix_socket(Path::new(path)), "http://localhost".to_owned()),
-        None => (builder, endpoint.trim_end_matches('/').to_owned()),
+pub(super) async fn look(endpoint: &str, trust: &TrustArgs) -> Vec<Finding> {
+    const FIX: &str = "write http://HOST:PORT, https://HOST:PORT or unix:PATH";
+    let failed = |error: String| vec![Finding::error(AREA, endpoint, error, FIX)];
+    let (builder, url) = match http_get::client(endpoint, trust, "look at the engine") {
+        Ok(made) => made,
+        Err(error) => return failed(error.to_string()),
     };
-    let engine = match builder.build() {
-        Ok(client) => Engine { client, base },
-        Err(error) => {
-            return vec![Finding::error(
-                AREA,
-                endpoint,
-                error.to_string(),
-                "write http://HOST:PORT or unix:PATH",
-            )];
-        }
+    let engine = match builder.timeout(LIMIT).build() {
+        Ok(client) => Engine { client, base: url.as_str().trim_end_matches('/').to_owned() },
+        Err(error) => return failed(error.to_string()),
     };
     let mut findings = Vec::new();
     match engine.ask("/health").await {
@@ -177,7 +178,7 @@ mod tests {
         let free = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let address = free.local_addr().unwrap();
         drop(free);
-        let findings = look(&format!("http://{address}")).await;
+        let findings = look(&format!("http://{address}"), &TrustArgs::default()).await;
         assert_eq!(findings.len(), 1);
         assert_eq!(findings[0].verdict, Verdict::Error);
     }

@@ -102,6 +102,7 @@ async fn on_one_host_port_job_and_token_are_made_up() {
         token: a.token.clone(),
         world_size: 1,
         deadlines: Default::default(),
+        tls: false,
     })
     .await
     .unwrap();

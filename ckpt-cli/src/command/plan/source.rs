@@ -7,7 +7,7 @@ use ckpt_core::{
 };
 
 use super::wrong;
-use crate::command::{metas_file, shape::Shape};
+use crate::command::{http_get::TrustArgs, metas_file, shape::Shape};
 
 /// A checkpoint's tensors, and who holds them if that is known.
 pub(super) enum Source {
@@ -20,6 +20,7 @@ pub(super) enum Source {
 pub(super) async fn load(
     path: Option<PathBuf>,
     metas: Option<&str>,
+    trust: &TrustArgs,
     shape: Option<Shape>,
 ) -> anyhow::Result<Source> {
     if let Some(path) = path {
@@ -33,7 +34,7 @@ pub(super) async fn load(
             Ok(text) => Token::new(text.into_bytes())?,
             Err(_) => Token::random()?,
         };
-        let manifest = Arc::new(metas_file::load(from, &token).await?.manifest());
+        let manifest = Arc::new(metas_file::load(from, &token, trust).await?.manifest());
         return Ok(Source::Held { name: from.to_owned(), manifest });
     }
     let shape = shape.ok_or_else(|| wrong("say what to plan: --checkpoint-path, --metas or --shape"))?;

@@ -22,7 +22,11 @@ use super::{
     body::UpdateBody,
     view::{CurrentMetas, Doing, Held, View},
 };
-use crate::{command::update::WorkerProtocol, policy::after_failure, trace_folder::TraceFolder};
+use crate::{
+    command::{http_get::TrustArgs, update::WorkerProtocol},
+    policy::after_failure,
+    trace_folder::TraceFolder,
+};
 
 /// What checkpoint-engine posts to the URL of an update, for URLs whose engine is not known.
 const COLLECTIVE_RPC: &str =
@@ -64,6 +68,8 @@ pub(super) struct Actor {
     pub(super) runtime_dir: PathBuf,
     pub(super) protocol: WorkerProtocol,
     /// Native workers are told the digests.
+    /// How engines at https:// are verified.
+    pub(super) trust: TrustArgs,
     pub(super) check_workers: bool,
     pub(super) deadlines: Deadlines,
     pub(super) view: Arc<View>,
@@ -154,7 +160,7 @@ impl Actor {
         let gathered = self.view.lock().metas.as_ref().map(|metas| metas.version);
         let version = body.weight_version.map(Version).or(gathered).unwrap_or(Version(1));
         let members = if body.ranks.is_empty() { (0..self.world_size).collect() } else { body.ranks.clone() };
-        let engine = engine(&body, &members, self.rank)?;
+        let engine = engine(&body, &self.trust, &members, self.rank)?;
         let sink = self.sink(&name, &metas, self.check_workers)?;
         self.view.lock().doing = Doing::Updating {
             checkpoint: name.clone(),
@@ -203,7 +209,7 @@ impl Actor {
         let own = if body.group.is_empty() { vec![self.rank] } else { body.group.clone() };
         // The last version is of the same model, so the layout is the same; its bytes have other digests.
         let link = self.sink(name, metas, false);
-        let link = link.and_then(|sink| Ok((Some(sink), engine(body, &members, self.rank)?)));
+        let link = link.and_then(|sink| Ok((Some(sink), engine(body, &self.trust, &members, self.rank)?)));
         after_failure(&mut self.server, failure, body.ranks.clone(), &own, |_| link).await
     }
 
@@ -250,7 +256,7 @@ fn no_metas(name: &str) -> Error {
 
 /// The engine behind `update_url`. Its last part tells which engine it is; any other URL gets what checkpoint-engine
 /// would post.
-fn engine(body: &UpdateBody, members: &[u32], rank: u32) -> Result<Option<EngineCall>> {
+fn engine(body: &UpdateBody, trust: &TrustArgs, members: &[u32], rank: u32) -> Result<Option<EngineCall>> {
     let Some(url) = &body.update_url else { return Ok(None) };
     let (kind, endpoint, template) = if let Some(base) = url.strip_suffix("/collective_rpc") {
         ("vllm", base, None)
@@ -263,6 +269,7 @@ fn engine(body: &UpdateBody, members: &[u32], rank: u32) -> Result<Option<Engine
         kind: kind.to_owned(),
         endpoint: endpoint.to_owned(),
         uds: body.uds.as_ref().map(PathBuf::from),
+        ca: trust.tls_ca.clone(),
         template,
     })
     .map_err(|error| error.with(ckpt_core::Key::Rank, rank))?;
@@ -285,7 +292,7 @@ mod tests {
             uds: None,
             weight_version: None,
         };
-        engine(&body, &[0, 1, 2, 3], 0).unwrap()
+        engine(&body, &TrustArgs::default(), &[0, 1, 2, 3], 0).unwrap()
     }
 
     #[test]

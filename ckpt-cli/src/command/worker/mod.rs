@@ -121,7 +121,7 @@ pub(crate) async fn run(args: WorkerArgs, context: &Context) -> anyhow::Result<E
     }
     let listener = match &args.uds {
         Some(path) => Listener::unix(path)?,
-        None => Listener::tcp(args.listen).await?,
+        None => Listener::tcp(args.listen, None).await?,
     };
     let address = listener.address().to_owned();
     if let Some(file) = &args.port_file {

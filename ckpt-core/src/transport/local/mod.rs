@@ -151,6 +151,7 @@ impl Transport for LocalTransport {
             one_sided_write: true,
             across_processes: false,
             across_hosts: false,
+            encrypts: false,
             devices: &["host"],
         }
     }

@@ -3,13 +3,13 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration, time::Instant};
 
 use futures_util::future::{join_all, try_join, try_join_all};
-use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    link::Link,
     mesh::{Mesh, Peer},
     node::{Inbox, Incoming, Node},
-    socket::{dial, is_idle, read_exact, write_all},
+    socket::{read_exact, write_all},
     wire::{Hello, Purpose, Table, Token, introduce, receive, send},
 };
 use crate::{
@@ -46,7 +46,7 @@ async fn meet(node: &Arc<Node>, spec: &GroupSpec, deadline: Instant) -> Result<V
     let mut forming = Forming {
         node,
         spec,
-        dialler: Dialler { spec, key: node.key(&token.secret), token },
+        dialler: Dialler { node, spec, key: node.key(&token.secret), token },
         inbox,
         met: (0..world_size).map(|_| None).collect(),
         links: Vec::new(),
@@ -67,20 +67,21 @@ async fn meet(node: &Arc<Node>, spec: &GroupSpec, deadline: Instant) -> Result<V
 /// The connections between this member and another, as they come.
 #[derive(Default)]
 struct Links {
-    control: Option<TcpStream>,
-    lanes: Vec<Option<TcpStream>>,
+    control: Option<Link>,
+    lanes: Vec<Option<Link>>,
 }
 
 /// What it takes to connect to a member.
 struct Dialler<'a> {
+    node: &'a Node,
     spec: &'a GroupSpec,
     token: Token,
     key: Vec<u8>,
 }
 
 impl Dialler<'_> {
-    async fn dial(&self, address: SocketAddr, purpose: Purpose) -> Result<TcpStream> {
-        let stream = dial(address).await?;
+    async fn dial(&self, address: SocketAddr, purpose: Purpose) -> Result<Link> {
+        let stream = self.node.dial(address).await?;
         let hello = Hello {
             id: self.token.group,
             rank: self.spec.rank,
@@ -99,7 +100,7 @@ struct Forming<'a> {
     dialler: Dialler<'a>,
     inbox: Inbox,
     /// Root only: who has come, and where it listens.
-    met: Vec<Option<(SocketAddr, Arc<TcpStream>)>>,
+    met: Vec<Option<(SocketAddr, Arc<Link>)>>,
     /// By member.
     links: Vec<Links>,
     stage: &'static str,
@@ -119,8 +120,7 @@ impl Forming<'_> {
             let incoming = self.inbox.next().await?;
             self.meet(incoming).await;
         }
-        let listens =
-            |met: &Option<(SocketAddr, Arc<TcpStream>)>| met.as_ref().map_or(self.node.listens, |m| m.0);
+        let listens = |met: &Option<(SocketAddr, Arc<Link>)>| met.as_ref().map_or(self.node.listens, |m| m.0);
         let table = Table { lanes: self.node.lanes as u32, listens: self.met.iter().map(listens).collect() };
         self.prepare(&table)?;
         self.stage = "connecting the members";
@@ -157,7 +157,7 @@ impl Forming<'_> {
                 self.spec.world_size, self.spec.epoch, hello.world_size, hello.epoch
             ),
             // A member that has died meanwhile may come again.
-            Some(place) if hello.rank != 0 && place.as_ref().is_none_or(|(_, old)| !is_idle(old)) => {
+            Some(place) if hello.rank != 0 && place.as_ref().is_none_or(|(_, old)| !old.is_idle()) => {
                 *place = Some((listens, Arc::new(stream)));
                 return;
             }
@@ -242,7 +242,7 @@ impl Forming<'_> {
                 continue;
             }
             let control = links.control.ok_or_else(incomplete)?;
-            let address = control.peer_addr().map_err(super::wire::broken)?;
+            let address = control.socket().peer_addr().map_err(super::wire::broken)?;
             let lanes = links.lanes.into_iter().collect::<Option<Vec<_>>>().ok_or_else(incomplete)?;
             let (control, gone) = (Arc::new(control), CancellationToken::new());
             let rank = rank as u32;
@@ -268,7 +268,7 @@ impl Forming<'_> {
     }
 }
 
-async fn refuse(stream: &TcpStream, cause: &Error) {
+async fn refuse(stream: &Link, cause: &Error) {
     let refusal: Result<(), Error> = Err(cause.flattened());
     // A member that cannot be told sees the connection end.
     let _ = tokio::time::timeout(REFUSAL_TIME, send(stream, &refusal)).await;

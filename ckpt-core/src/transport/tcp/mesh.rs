@@ -8,11 +8,10 @@ use std::{
 
 use async_trait::async_trait;
 use futures_util::FutureExt;
-use socket2::SockRef;
-use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    link::Link,
     socket,
     wire::{Notice, frame, receive},
 };
@@ -32,8 +31,8 @@ pub(super) struct Peer {
     /// What errors call it.
     pub(super) name: u32,
     pub(super) address: SocketAddr,
-    pub(super) lanes: Vec<TcpStream>,
-    pub(super) control: Arc<TcpStream>,
+    pub(super) lanes: Vec<Link>,
+    pub(super) control: Arc<Link>,
     /// Cancelled once the peer has closed its end: it has left for good, or is dead.
     pub(super) gone: CancellationToken,
 }
@@ -83,7 +82,7 @@ impl Mesh {
             tracing::debug!(rank = self.rank, %cause, "a tcp group ends");
             self.tell(&Notice::Aborted(cause.clone()));
             for lane in self.peers.iter().flat_map(|peer| &peer.lanes) {
-                socket::shut(lane);
+                lane.shut();
             }
         }
         self.poison.get().unwrap_or(cause)
@@ -108,7 +107,7 @@ impl Mesh {
         let Ok(bytes) = frame(notice) else { return };
         for peer in &self.peers {
             // A peer that cannot be told has closed its end and knows already.
-            let _ = SockRef::from(&*peer.control).send(&bytes);
+            let _ = peer.control.send_now(&bytes);
         }
     }
 }
@@ -128,7 +127,7 @@ pub(super) fn lost(peer: &Peer, message: &'static str) -> Error {
         .with(Key::Peer, peer.address)
 }
 
-async fn listen(mesh: Weak<Mesh>, index: usize, control: Arc<TcpStream>) {
+async fn listen(mesh: Weak<Mesh>, index: usize, control: Arc<Link>) {
     let notice = receive::<Notice>(&control).await;
     let gone = {
         // A group that has ended needs no notices.

@@ -9,7 +9,6 @@ use std::{
 
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
-use socket2::SockRef;
 use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::DropGuard;
 
@@ -210,9 +209,8 @@ async fn write(mesh: Arc<Mesh>, index: usize, mut inbox: mpsc::UnboundedReceiver
     if mesh.poison.get().is_none()
         && let Ok(bytes) = frame(&Notice::Left)
     {
-        let _ = SockRef::from(&*peer.control).send(&bytes);
+        let _ = peer.control.send_now(&bytes);
     }
-    for socket in [&peer.lanes[0], &*peer.control] {
-        let _ = SockRef::from(socket).shutdown(std::net::Shutdown::Write);
-    }
+    peer.lanes[0].finish();
+    peer.control.finish();
 }

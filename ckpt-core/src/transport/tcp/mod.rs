@@ -3,10 +3,11 @@
 //! Each transport has one listener. To form a group, members meet at the root, which tells everybody where the others
 //! listen; each pair then has `connections` lanes for bytes and one control connection, on which a death or an abort is
 //! seen at once. Both sides of every connection prove that they know the group's secret and the job's (HMAC-SHA256 over
-//! both sides' nonces); the bytes themselves are not encrypted.
+//! both sides' nonces). Where the job has TLS, all of it goes inside ([`crate::tls`]); else the bytes are not encrypted.
 
 mod broadcast;
 mod join;
+mod link;
 mod mesh;
 mod messages;
 mod node;
@@ -82,6 +83,7 @@ impl Transport for TcpTransport {
             one_sided_write: true,
             across_processes: true,
             across_hosts: !self.node.listens.ip().is_loopback(),
+            encrypts: self.node.tls.is_some(),
             devices: &["host"],
         }
     }

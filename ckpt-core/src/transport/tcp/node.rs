@@ -14,14 +14,16 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    link::Link,
     one_sided::{self, Pool},
     socket::{self, Heard},
-    wire::{Hello, Id, Purpose, Token, examine},
+    wire::{Hello, Id, Purpose, Token, WANTS_TLS, broken, examine, other_secret},
     write,
 };
 use crate::{
     device::DeviceBackend,
     error::{Error, ErrorKind, Key, Result},
+    tls::{self, HandshakeError, JobTls, Meeting},
     transport::{TransportConfig, group::random, regions::Regions},
 };
 
@@ -37,7 +39,7 @@ const INBOX: usize = 4096;
 /// A connection whose other side has proved that it belongs here.
 pub(super) struct Incoming {
     pub(super) hello: Hello,
-    pub(super) stream: TcpStream,
+    pub(super) stream: Link,
 }
 
 struct Route {
@@ -65,6 +67,7 @@ pub(super) struct Node {
     pub(super) pool: Pool,
     heard: Mutex<HashMap<SocketAddr, Arc<Heard>>>,
     job_secret: Vec<u8>,
+    pub(super) tls: Option<JobTls>,
     routes: Mutex<Routes>,
 }
 
@@ -81,6 +84,7 @@ impl Node {
                 "must be called in a tokio runtime",
             ));
         }
+        let tls = config.tls.then(|| JobTls::new(&config.secret)).transpose()?;
         let address = SocketAddr::new(config.bind, 0);
         let listen = || {
             let socket = socket::new(address)?;
@@ -101,6 +105,7 @@ impl Node {
             pool: Pool::default(),
             heard: Mutex::default(),
             job_secret: config.secret.clone(),
+            tls,
             routes: Mutex::default(),
         });
         tokio::spawn(node.stop.clone().run_until_cancelled_owned(accept(node.clone(), listener)));
@@ -110,6 +115,47 @@ impl Node {
     fn lock(&self) -> MutexGuard<'_, Routes> {
         // Nothing that can panic runs under this lock.
         self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Connects; the caller bounds the time.
+    pub(super) async fn dial(&self, address: SocketAddr) -> Result<Link> {
+        let stream = socket::dial(address).await?;
+        let Some(tls) = &self.tls else { return Ok(Link::Plain(stream)) };
+        let secure = tls.connect_bulk(stream).await.map_err(|error| {
+            let error = match error {
+                HandshakeError::NotTls => Error::new(
+                    ErrorKind::ConfigInvalid,
+                    "connect to a peer",
+                    "the peer does not speak TLS; give --tls or CKPT_TLS=1 to all processes or to none",
+                ),
+                HandshakeError::OtherToken => other_secret(),
+                HandshakeError::Broken(error) => broken(error),
+            };
+            error.with(Key::Peer, address)
+        })?;
+        Ok(Link::Secure(Box::new(secure)))
+    }
+
+    /// The acceptor's half: a link to one who speaks as this node does; others are told. The caller bounds the time.
+    async fn meet(&self, stream: TcpStream) -> Result<Link> {
+        socket::tune(&stream).map_err(broken)?;
+        let refused = |what: &str| Error::new(ErrorKind::ConfigInvalid, "accept a peer", what.to_owned());
+        match (tls::meet(&stream, self.tls.is_some()).await.map_err(broken)?, &self.tls) {
+            (Meeting::Fits, None) => Ok(Link::Plain(stream)),
+            (Meeting::Fits, Some(tls)) => {
+                let secure =
+                    tls.accept_bulk(stream).await.map_err(|error| refused("no TLS").caused_by(error))?;
+                Ok(Link::Secure(Box::new(secure)))
+            }
+            (Meeting::WantsPlain, _) => {
+                tls::farewell(stream, &[WANTS_TLS]).await;
+                Err(refused("a peer does not speak TLS"))
+            }
+            (Meeting::WantsTls, _) => {
+                tls::refuse_tls(stream).await;
+                Err(refused("a peer speaks TLS, which this job does not use"))
+            }
+        }
     }
 
     /// When this peer was last heard.
@@ -210,11 +256,12 @@ async fn accept(node: Arc<Node>, listener: TcpListener) {
         let (node, stop) = (node.clone(), node.stop.clone());
         tokio::spawn(stop.run_until_cancelled_owned(async move {
             let introduced = async {
-                socket::tune(&stream).map_err(super::wire::broken)?;
-                examine(&stream, |hello| node.key_of(hello)).await
+                let link = node.meet(stream).await?;
+                let hello = examine(&link, |hello| node.key_of(hello)).await?;
+                Ok::<_, Error>((hello, link))
             };
-            let hello = match tokio::time::timeout(HELLO_TIME, introduced).await {
-                Ok(Ok(hello)) => hello,
+            let (hello, stream) = match tokio::time::timeout(HELLO_TIME, introduced).await {
+                Ok(Ok(introduced)) => introduced,
                 Ok(Err(error)) => return tracing::debug!(%error, "refused a connection"),
                 Err(_) => return tracing::debug!("a connection did not introduce itself in time"),
             };

@@ -15,12 +15,13 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::future::try_join;
 use serde::{Deserialize, Serialize};
-use tokio::{net::TcpStream, task::JoinSet};
+use tokio::task::JoinSet;
 
 use super::{
     TcpTransport,
+    link::Link,
     node::Node,
-    socket::{Heard, dial, is_idle, read_exact, write_all},
+    socket::{Heard, read_exact, write_all},
     wire::{Hello, Id, Purpose, RangeRequest, broken, decode, encode, introduce},
 };
 use crate::{
@@ -60,23 +61,23 @@ struct Descriptor {
 /// Connections that wait for the next batch.
 #[derive(Default)]
 pub(super) struct Pool {
-    idle: Mutex<HashMap<Line, Vec<TcpStream>>>,
+    idle: Mutex<HashMap<Line, Vec<Link>>>,
 }
 
 /// Whom a connection leads to, and whether it is for reads or writes.
 type Line = (SocketAddr, Id, Way);
 
 impl Pool {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Line, Vec<TcpStream>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Line, Vec<Link>>> {
         // Nothing that can panic runs under this lock.
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(&self, peer: &Line) -> Option<TcpStream> {
+    fn take(&self, peer: &Line) -> Option<Link> {
         let mut idle = self.lock();
         let streams = idle.get_mut(peer)?;
         while let Some(stream) = streams.pop() {
-            if is_idle(&stream) {
+            if stream.is_idle() {
                 return Some(stream);
             }
         }
@@ -84,7 +85,7 @@ impl Pool {
         None
     }
 
-    fn give(&self, peer: Line, stream: TcpStream) {
+    fn give(&self, peer: Line, stream: Link) {
         let mut idle = self.lock();
         let streams = idle.entry(peer).or_default();
         if streams.len() < IDLE_CONNECTIONS {
@@ -94,7 +95,7 @@ impl Pool {
 }
 
 /// Answers one reader until it leaves.
-pub(super) async fn serve(node: &Node, stream: &TcpStream) {
+pub(super) async fn serve(node: &Node, stream: &Link) {
     let mut request = [0; RangeRequest::BYTES];
     while let Ok(Ok(())) = tokio::time::timeout(IDLE_TIME, read_exact(stream, &mut request)).await {
         let answered = answer(node, stream, RangeRequest::decode(&request));
@@ -113,7 +114,7 @@ pub(super) fn answer_head(status: u64, len_bytes: u64) -> [u8; ANSWER_BYTES] {
     head
 }
 
-async fn answer(node: &Node, stream: &TcpStream, request: RangeRequest) -> io::Result<()> {
+async fn answer(node: &Node, stream: &Link, request: RangeRequest) -> io::Result<()> {
     let RangeRequest { generation, address, offset, len_bytes } = request;
     let found = if len_bytes <= PIECE_BYTES {
         node.regions.find(generation, address, offset, len_bytes)
@@ -137,7 +138,7 @@ async fn answer(node: &Node, stream: &TcpStream, request: RangeRequest) -> io::R
 }
 
 /// Says why a request failed.
-pub(super) async fn refuse(stream: &TcpStream, error: &Error) -> io::Result<()> {
+pub(super) async fn refuse(stream: &Link, error: &Error) -> io::Result<()> {
     let text = encode(&error.flattened()).map_err(io::Error::other)?;
     write_all(stream, &answer_head(FAILED, text.len() as u64), &text).await
 }
@@ -277,7 +278,7 @@ async fn move_share(
         Some(stream) => stream,
         None => {
             let meet = async {
-                let stream = dial(address).await?;
+                let stream = node.dial(address).await?;
                 let (rank, world_size, epoch) = (0, 0, 0);
                 let purpose = if way == Way::Read { Purpose::Read } else { Purpose::Write };
                 let hello = Hello { id: descriptor.id, rank, world_size, epoch, purpose };
@@ -304,7 +305,7 @@ fn lost(way: Way, error: io::Error) -> Error {
     Error::new(ErrorKind::PeerLost, way.operation(), text)
 }
 
-async fn read(stream: &TcpStream, share: &[Piece], heard: &Heard) -> Result<()> {
+async fn read(stream: &Link, share: &[Piece], heard: &Heard) -> Result<()> {
     let ask = async {
         let requests: Vec<u8> = share.iter().flat_map(|piece| piece.request.encode()).collect();
         write_all(stream, &requests, &[]).await.map_err(broken)
@@ -318,7 +319,7 @@ async fn read(stream: &TcpStream, share: &[Piece], heard: &Heard) -> Result<()> 
     try_join(ask, take).await.map(drop)
 }
 
-async fn take_piece(stream: &TcpStream, piece: &Piece, heard: &Heard) -> Result<()> {
+async fn take_piece(stream: &Link, piece: &Piece, heard: &Heard) -> Result<()> {
     let answer = take_answer(Way::Read, stream, heard).await?;
     if answer != piece.memory.len_bytes() {
         return Err(Error::new(
@@ -338,7 +339,7 @@ async fn take_piece(stream: &TcpStream, piece: &Piece, heard: &Heard) -> Result<
 }
 
 /// The length in an answer that says that all is well, or the owner's error.
-pub(super) async fn take_answer(way: Way, stream: &TcpStream, heard: &Heard) -> Result<u64> {
+pub(super) async fn take_answer(way: Way, stream: &Link, heard: &Heard) -> Result<u64> {
     let lost = |error| lost(way, error);
     let mut head = [0; ANSWER_BYTES];
     heard.read(stream, &mut head, SILENCE).await.map_err(lost)?;

@@ -10,6 +10,7 @@ use std::{
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpSocket, TcpStream};
 
+use super::link::Link;
 use crate::error::{Error, ErrorKind, Key, Result};
 
 /// Wanted size of the kernel's buffers. Taken only where the system allows it: a smaller fixed size would switch off
@@ -67,15 +68,15 @@ pub(super) async fn dial(address: SocketAddr) -> Result<TcpStream> {
 }
 
 /// Fills `bytes`. A shared reference is enough: one reader and one writer may use a socket at once.
-pub(super) async fn read_exact(stream: &TcpStream, bytes: &mut [u8]) -> io::Result<()> {
-    fill(stream, bytes, None).await
+pub(super) async fn read_exact(link: &Link, bytes: &mut [u8]) -> io::Result<()> {
+    fill(link, bytes, None).await
 }
 
 /// The same; `owed` says who is to be heard, and how long it may be silent.
-async fn fill(stream: &TcpStream, mut bytes: &mut [u8], owed: Option<(&Heard, Duration)>) -> io::Result<()> {
+async fn fill(link: &Link, mut bytes: &mut [u8], owed: Option<(&Heard, Duration)>) -> io::Result<()> {
     while !bytes.is_empty() {
         let len = bytes.len().min(CALL_BYTES);
-        match stream.try_read(&mut bytes[..len]) {
+        match link.try_read(&mut bytes[..len]) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(n) => {
                 bytes = &mut bytes[n..];
@@ -84,8 +85,8 @@ async fn fill(stream: &TcpStream, mut bytes: &mut [u8], owed: Option<(&Heard, Du
                 }
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => match owed {
-                None => stream.readable().await?,
-                Some((heard, silence)) => heard.unless_silent(silence, stream.readable()).await?,
+                None => link.socket().readable().await?,
+                Some((heard, silence)) => heard.unless_silent(silence, link.socket().readable()).await?,
             },
             Err(e) => return Err(e),
         }
@@ -130,18 +131,17 @@ impl Heard {
 
     /// Fills `bytes` from a peer that owes them. A process that was stopped keeps its connections, and its kernel answers
     /// for it: it is given up once it has sent nothing for `silence`.
-    pub(super) async fn read(
-        &self,
-        stream: &TcpStream,
-        bytes: &mut [u8],
-        silence: Duration,
-    ) -> io::Result<()> {
-        fill(stream, bytes, Some((self, silence))).await
+    pub(super) async fn read(&self, link: &Link, bytes: &mut [u8], silence: Duration) -> io::Result<()> {
+        fill(link, bytes, Some((self, silence))).await
     }
 }
 
 /// Writes `head`, then `body`.
-pub(super) async fn write_all(stream: &TcpStream, mut head: &[u8], mut body: &[u8]) -> io::Result<()> {
+pub(super) async fn write_all(link: &Link, mut head: &[u8], mut body: &[u8]) -> io::Result<()> {
+    let stream = match link {
+        Link::Plain(stream) => stream,
+        Link::Secure(secure) => return secure.write_all(head, body).await,
+    };
     while !(head.is_empty() && body.is_empty()) {
         let parts = [IoSlice::new(head), IoSlice::new(&body[..body.len().min(CALL_BYTES)])];
         match stream.try_write_vectored(&parts) {
@@ -156,15 +156,4 @@ pub(super) async fn write_all(stream: &TcpStream, mut head: &[u8], mut body: &[u
         }
     }
     Ok(())
-}
-
-/// Ends both directions at once; whoever reads or writes is woken. An error means that it had ended already.
-pub(super) fn shut(stream: &TcpStream) {
-    let _ = SockRef::from(stream).shutdown(std::net::Shutdown::Both);
-}
-
-/// Whether an idle connection can still be used: nothing to read, and not the end.
-pub(super) fn is_idle(stream: &TcpStream) -> bool {
-    let mut byte = [std::mem::MaybeUninit::uninit()];
-    matches!(SockRef::from(stream).peek(&mut byte), Err(e) if e.kind() == io::ErrorKind::WouldBlock)
 }

@@ -36,6 +36,10 @@ impl Place {
     }
 
     fn rank(&self, rank: u32, secret: &str) -> Rank {
+        self.rank_with(rank, secret, false)
+    }
+
+    fn rank_with(&self, rank: u32, secret: &str, tls: bool) -> Rank {
         let runtime_dir = self.folder.path().join("run");
         let config = DeviceConfig { rank, local_rank: rank, runtime_dir: runtime_dir.clone() };
         let device: Arc<dyn DeviceBackend> = Arc::new(HostDevice::open(&config).unwrap());
@@ -43,6 +47,7 @@ impl Place {
             .open(&TransportConfig {
                 bind: Ipv4Addr::LOCALHOST.into(),
                 runtime_dir,
+                tls,
                 secret: secret.into(),
                 connections: 2,
                 device: device.clone(),
@@ -225,6 +230,7 @@ async fn an_address_that_nobody_can_reach_is_refused() {
     let config = TransportConfig {
         bind: Ipv4Addr::UNSPECIFIED.into(),
         runtime_dir: place.folder.path().to_owned(),
+        tls: false,
         secret: Vec::new(),
         connections: 1,
         device,
@@ -256,4 +262,32 @@ async fn a_reader_needs_the_secret_and_a_restarted_owner_is_noticed() {
     let error = event.done(soon()).await.unwrap_err();
     assert!(error.message().contains("restarted"), "{error}");
     assert!(error.get(Key::Peer).is_some());
+}
+
+#[cfg(feature = "tls")]
+#[tokio::test]
+async fn sides_that_differ_in_tls_are_told_and_do_no_harm() {
+    let (secret, other) = ("a secret that is long enough for TLS", "another one, as long, of another job");
+    let place = Place::new();
+    for (sealed, stranger, expected) in [
+        (true, place.rank_with(1, secret, false), "the peer wants TLS"),
+        (false, place.rank_with(1, secret, true), "the peer does not speak TLS"),
+        (true, place.rank_with(1, other, true), "secrets differ"),
+    ] {
+        let ranks = [place.rank_with(0, secret, sealed), place.rank_with(1, secret, sealed)];
+        assert_eq!(ranks[0].transport.capability().encrypts, sealed);
+        let token = ranks[0].token().await;
+        let root = ranks[0].join(&token, 0, 2, soon());
+        let others = async {
+            let error = stranger.join(&token, 1, 2, soon()).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConfigInvalid, "{error}");
+            assert!(error.message().contains(expected), "{error}");
+            ranks[1].join(&token, 1, 2, soon()).await.unwrap()
+        };
+        let (root, one) = join(root, others).await;
+        let (mut root, mut one) = (root.unwrap(), one);
+        let (a, b) = join(receive(&mut root, &ranks[0], 0), receive(&mut one, &ranks[1], 0)).await;
+        a.unwrap();
+        b.unwrap();
+    }
 }

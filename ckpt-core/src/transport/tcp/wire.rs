@@ -6,9 +6,11 @@ use bytes::Bytes;
 use hmac::{Hmac, Mac};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use sha2::Sha256;
-use tokio::net::TcpStream;
 
-use super::socket::{read_exact, write_all};
+use super::{
+    link::Link,
+    socket::{read_exact, write_all},
+};
 use crate::{
     error::{Error, ErrorKind, Result},
     transport::group::random,
@@ -114,16 +116,16 @@ pub(super) fn frame(value: &impl Serialize) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-pub(super) async fn send<T: Serialize>(stream: &TcpStream, value: &T) -> Result<()> {
+pub(super) async fn send<T: Serialize>(stream: &Link, value: &T) -> Result<()> {
     write_all(stream, &frame(value)?, &[]).await.map_err(broken)
 }
 
-pub(super) async fn receive<T: DeserializeOwned>(stream: &TcpStream) -> Result<T> {
+pub(super) async fn receive<T: DeserializeOwned>(stream: &Link) -> Result<T> {
     let body = receive_frame(stream, FRAME_LIMIT).await?;
     decode(&body)
 }
 
-pub(super) async fn receive_frame(stream: &TcpStream, limit: usize) -> Result<Vec<u8>> {
+pub(super) async fn receive_frame(stream: &Link, limit: usize) -> Result<Vec<u8>> {
     let mut len = [0; 4];
     read_exact(stream, &mut len).await.map_err(broken)?;
     let len = u32::from_le_bytes(len) as usize;
@@ -146,6 +148,8 @@ pub(super) fn broken(error: std::io::Error) -> Error {
 
 const REFUSED_ID: u8 = 1;
 const REFUSED_SECRET: u8 = 2;
+/// In the place of the challenge, to a dialler without TLS.
+pub(super) const WANTS_TLS: u8 = 3;
 
 fn mac(key: &[u8], side: &[u8], nonces: [&[u8; 32]; 2], hello: &[u8]) -> Result<Hmac<Sha256>> {
     let mut mac = Hmac::<Sha256>::new_from_slice(key).map_err(|e| {
@@ -158,11 +162,15 @@ fn mac(key: &[u8], side: &[u8], nonces: [&[u8; 32]; 2], hello: &[u8]) -> Result<
 }
 
 /// The dialler's half: both sides prove that they know `key`, which never crosses the wire. The caller bounds the time.
-pub(super) async fn introduce(stream: &TcpStream, key: &[u8], hello: &Hello) -> Result<()> {
+pub(super) async fn introduce(stream: &Link, key: &[u8], hello: &Hello) -> Result<()> {
     let body = frame(hello)?;
     write_all(stream, &MAGIC, &body).await.map_err(broken)?;
     let mut challenge = [0; 33];
     read_exact(stream, &mut challenge[..1]).await.map_err(broken)?;
+    if challenge[0] == WANTS_TLS {
+        let what = "the peer wants TLS; give --tls or CKPT_TLS=1 to all processes or to none";
+        return Err(Error::new(ErrorKind::ConfigInvalid, "connect to a peer", what));
+    }
     if challenge[0] == REFUSED_ID {
         let what = "the peer knows nothing of this group or memory: it has given up, ended or restarted";
         return Err(Error::new(ErrorKind::PeerLost, "connect to a peer", what));
@@ -174,22 +182,20 @@ pub(super) async fn introduce(stream: &TcpStream, key: &[u8], hello: &Hello) -> 
     write_all(stream, &ours, &proof).await.map_err(broken)?;
     let mut answer = [0; 33];
     read_exact(stream, &mut answer[..1]).await.map_err(broken)?;
-    let wrong = || {
-        let what = "the job secrets differ; give all processes the same token";
-        Error::new(ErrorKind::ConfigInvalid, "connect to a peer", what)
-    };
     if answer[0] == REFUSED_SECRET {
-        return Err(wrong());
+        return Err(other_secret());
     }
     read_exact(stream, &mut answer[1..]).await.map_err(broken)?;
-    mac(key, b"accept", [&theirs, &ours], &body)?.verify_slice(&answer[1..]).map_err(|_| wrong())
+    mac(key, b"accept", [&theirs, &ours], &body)?.verify_slice(&answer[1..]).map_err(|_| other_secret())
+}
+
+pub(super) fn other_secret() -> Error {
+    let what = "the job secrets differ; give all processes the same token";
+    Error::new(ErrorKind::ConfigInvalid, "connect to a peer", what)
 }
 
 /// The acceptor's half. `key_of` answers the key for an id that is known here. The caller bounds the time.
-pub(super) async fn examine(
-    stream: &TcpStream,
-    key_of: impl FnOnce(&Hello) -> Option<Vec<u8>>,
-) -> Result<Hello> {
+pub(super) async fn examine(stream: &Link, key_of: impl FnOnce(&Hello) -> Option<Vec<u8>>) -> Result<Hello> {
     let mut magic = [0; 8];
     read_exact(stream, &mut magic).await.map_err(broken)?;
     if magic != MAGIC {

@@ -6,9 +6,9 @@
 use std::io;
 
 use futures_util::future::try_join;
-use tokio::net::TcpStream;
 
 use super::{
+    link::Link,
     node::Node,
     one_sided::{FINE, IDLE_TIME, PIECE_BYTES, PIECE_TIME, Piece, answer_head, refuse, take_answer},
     socket::{Heard, read_exact, write_all},
@@ -23,7 +23,7 @@ use crate::{
 const CHUNK_BYTES: usize = 256 << 10;
 
 /// Takes one writer's bytes until it leaves.
-pub(super) async fn serve(node: &Node, stream: &TcpStream) {
+pub(super) async fn serve(node: &Node, stream: &Link) {
     let mut request = [0; RangeRequest::BYTES];
     let mut chunk = Vec::new();
     while let Ok(Ok(())) = tokio::time::timeout(IDLE_TIME, read_exact(stream, &mut request)).await {
@@ -36,7 +36,7 @@ pub(super) async fn serve(node: &Node, stream: &TcpStream) {
     }
 }
 
-async fn take(node: &Node, stream: &TcpStream, request: RangeRequest, chunk: &mut Vec<u8>) -> io::Result<()> {
+async fn take(node: &Node, stream: &Link, request: RangeRequest, chunk: &mut Vec<u8>) -> io::Result<()> {
     let RangeRequest { generation, address, offset, len_bytes } = request;
     if len_bytes > PIECE_BYTES {
         let what = format!("{len_bytes} bytes at once are too many");
@@ -61,7 +61,7 @@ async fn take(node: &Node, stream: &TcpStream, request: RangeRequest, chunk: &mu
 }
 
 /// The writer's half: all pieces, and the answers meanwhile.
-pub(super) async fn write(stream: &TcpStream, share: &[Piece], heard: &Heard) -> Result<()> {
+pub(super) async fn write(stream: &Link, share: &[Piece], heard: &Heard) -> Result<()> {
     let bring = async {
         for piece in share {
             // SAFETY: the source belongs to this write until its event has completed, and `piece` keeps it mapped.

@@ -243,6 +243,7 @@ async fn update(
                 kind: "vllm".to_owned(),
                 endpoint: "http://localhost".to_owned(),
                 uds: Some(PathBuf::from(path)),
+                ca: None,
                 template: None,
             })?;
             Some(EngineCall { engine, ranks: vec![rank.rank()] })
