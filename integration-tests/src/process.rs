@@ -145,6 +145,11 @@ impl Process {
         found.unwrap_or_else(|| panic!("{} never logged `{text}`\n{}", self.shown, self.logs()))
     }
 
+    /// What it has written to stderr so far.
+    pub fn stderr_text(&self) -> String {
+        self.stderr.text()
+    }
+
     /// Waits for its end and all of its output.
     pub async fn finish(mut self, within: Duration) -> Finished {
         let ended = tokio::time::timeout(within, self.child.wait()).await;

@@ -113,7 +113,7 @@ fn faults_text(place: Place, faults: &[impl std::fmt::Debug]) -> String {
     format!("{place:?} {faults:?}")
 }
 
-/// No rank says done unless all workers have everything, and a worker that says so has the right bytes.
+/// No rank says done unless all workers have everything, or had it before they died, and a worker that says so has the right bytes.
 async fn check(job: &Job, workers: &mut [Process], ended: &[(u32, Finished)], faults: &str) {
     let done = ended.iter().any(|(_, finished)| finished.status.success());
     for (rank, finished) in ended {
@@ -129,7 +129,11 @@ async fn check(job: &Job, workers: &mut [Process], ended: &[(u32, Finished)], fa
             let socket = if socket.exists() { socket } else { job.socket(rank) };
             http_get(&format!("unix:{}", socket.display()), "/v1/state").await.json()
         } else {
-            assert!(!done, "{faults}: a rank says done and worker {rank} is dead");
+            // On a quick machine it may have been killed when all was done.
+            assert!(
+                !done || worker.stderr_text().contains("new weights are in use"),
+                "{faults}: a rank says done and worker {rank} died before it had a whole update"
+            );
             continue;
         };
         let complete = state[0]["updates"] == 1;
