@@ -61,8 +61,13 @@ impl FreeMemory {
         let ring_bytes = seen.unwrap_or(planned_ring_bytes);
         let group = |at: &AroundUpdate| match at.prepared {
             Some(prepared) => taken(at.before, prepared).saturating_sub(ring_bytes),
-            // The ring has come and, unless it stays, gone.
-            None => taken(at.before, at.after).saturating_sub(if kept { ring_bytes } else { 0 }),
+            // The ring has come and, unless it stays, gone; but memory that others have mapped goes only when they let go of
+            // it, which may be after the update has returned: the next ones see it.
+            None => {
+                let later = self.updates.iter().skip(1).map(|next| next.before);
+                let free = later.chain([at.after]).max().unwrap_or(at.after);
+                taken(at.before, free).saturating_sub(if kept { ring_bytes } else { 0 })
+            }
         };
         DeviceUsage {
             ring_bytes,
@@ -193,6 +198,9 @@ mod tests {
                 "{kept}"
             );
         }
+        // The ring was still lent when the first update had returned.
+        let late = [around(9000, None, 9000 - GROUP - RING), around(9000 - GROUP, None, 9000 - GROUP - RING)];
+        assert_eq!(usage(late.to_vec(), false).group_bytes, Some(GROUP));
         assert_eq!(
             FreeMemory::default().usage(1, false),
             DeviceUsage { ring_bytes: 1, ..DeviceUsage::default() }
