@@ -120,6 +120,13 @@ impl Process {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// Kills it and waits until it is gone.
+    pub async fn kill(&mut self) {
+        self.signal(Signal::KILL);
+        let gone = tokio::time::timeout(LONG, self.child.wait()).await;
+        assert!(gone.is_ok(), "{} does not die", self.shown);
+    }
+
     /// Closes its standard input.
     pub fn close_stdin(&mut self) {
         self._stdin = None;

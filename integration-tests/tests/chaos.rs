@@ -76,7 +76,10 @@ async fn run(seed: u64) -> String {
         tokio::time::sleep(Duration::from_millis(random.below(1500))).await;
         let signal = if random.one_in(2) { Signal::KILL } else { Signal::STOP };
         if random.one_in(2) {
-            workers[victim as usize].signal(signal);
+            match signal {
+                Signal::KILL => workers[victim as usize].kill().await,
+                _ => workers[victim as usize].signal(signal),
+            }
         } else {
             let process = ranks.take(victim);
             process.signal(signal);

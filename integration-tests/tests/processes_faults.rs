@@ -56,6 +56,23 @@ async fn eight_ranks_name_the_worker_that_was_killed_and_the_next_update_succeed
     }
 }
 
+/// Another worker's death ends the update first: nobody waits for the answer of one that cannot give any.
+#[tokio::test]
+async fn a_stopped_worker_is_not_waited_for_when_another_one_dies() {
+    let job = Job::new(PROGRAM, 2, 1);
+    let mut workers = job.workers(&["--hold-at", "open", "--hold-ms", "60000", "--fault-once"]).await;
+    let ranks = job.update(&[]);
+    for worker in &mut workers {
+        worker.stderr_line("held at open").await;
+    }
+    workers[1].signal(Signal::STOP);
+    workers[0].kill().await;
+    let ended = ranks.finish(LONG).await;
+    assert_all_name(&ended, 0);
+    let log = &ended[1].1.stderr;
+    assert!(!log.contains("could not be told"), "{log}");
+}
+
 #[tokio::test]
 async fn a_parameter_server_that_is_killed_is_named_by_the_others() {
     const VICTIM: u32 = 2;

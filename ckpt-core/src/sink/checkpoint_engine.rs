@@ -116,7 +116,6 @@ impl CheckpointEngineSink {
             biased;
             waited = timeout_at(deadline.into(), asked) => waited,
             pid = liveness::stopped(pid) => {
-                link.stopped = true;
                 return Err(self.error(ErrorKind::PeerLost, operation, liveness::told(pid, "the worker")));
             }
         };
@@ -202,7 +201,7 @@ impl WeightSink for CheckpointEngineSink {
         // The worker has no deadline of its own: if it is busy for longer than this call may take, it must still hear
         // the exception when it comes back, or it would wait for ever. So this runs by itself.
         let text = cause.flattened().to_string();
-        let stopped = link.stopped;
+        let stopped = link.peer.as_ref().and_then(Replier::pid).is_some_and(liveness::is_stopped);
         let mut telling = tokio::spawn(async move { timeout(LINGER, link.raise(&text)).await.is_ok() });
         if stopped {
             return Ok(Afterwards::MayHold);
@@ -226,7 +225,6 @@ pub(super) struct Link {
     lost: Option<Lost>,
     /// Nothing was ever sent: the worker still waits for its first message.
     untouched: bool,
-    stopped: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -240,7 +238,7 @@ enum Lost {
 impl Link {
     /// To a worker that may come to `gate`.
     pub(super) fn new(gate: Gate<ZmtpProtocol>) -> Self {
-        Self { gate, peer: None, lost: None, untouched: true, stopped: false }
+        Self { gate, peer: None, lost: None, untouched: true }
     }
 
     /// Makes the worker raise, however long it takes.

@@ -212,7 +212,6 @@ impl NativeSink {
             biased;
             waited = tokio::time::timeout_at(deadline.into(), peer.receive()) => waited,
             pid = liveness::stopped(pid) => {
-                peer.stopped = true;
                 return Err(self.error(ErrorKind::PeerLost, operation, liveness::told(pid, "the worker")));
             }
         };
@@ -366,8 +365,8 @@ impl WeightSink for NativeSink {
         self.connected(deadline.min(Instant::now() + LATE)).await?;
         let text = cause.flattened().to_string();
         self.send(&Down::Fail { text }, "tell the worker to raise", deadline).await?;
-        if self.peer.as_ref().is_some_and(|p| p.stopped) {
-            // It will read that when it is woken.
+        if self.peer.as_ref().and_then(|p| p.pid).is_some_and(liveness::is_stopped) {
+            // It will read that when it is woken. Looked at now: another failure may have come before the link's own.
             self.stage = Stage::Finished;
             return Ok(Afterwards::MayHold);
         }
@@ -413,7 +412,6 @@ struct Peer {
     half_sent: bool,
     /// As the kernel sees it from here: the worker's own word may be of another namespace.
     pid: Option<i32>,
-    stopped: bool,
 }
 
 enum Lost {
@@ -473,7 +471,7 @@ impl Protocol for NativeProtocol {
             Err(lost) => return Err(lost.text()),
         };
         let pid = stream.peer_cred().ok().and_then(|cred| cred.pid());
-        let peer = Peer { stream, inbox, hello, half_sent: false, pid, stopped: false };
+        let peer = Peer { stream, inbox, hello, half_sent: false, pid };
         if peer.hello.uuid != self.uuid {
             let why = format!("this endpoint is for the worker of {}, not of {}", self.uuid, peer.hello.uuid);
             self.refuse(peer, why.clone()).await;

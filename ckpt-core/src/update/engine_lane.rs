@@ -21,7 +21,7 @@ use super::{
 use crate::{
     deadlines::Deadlines,
     engine::{EngineRequest, PauseMode},
-    error::{Key, Result},
+    error::{ErrorKind, Key, Result},
     types::Rank,
 };
 
@@ -49,6 +49,8 @@ struct State {
     sent: AtomicBool,
     /// Its request ended well.
     done: AtomicBool,
+    /// It was found dead or silent.
+    lost: AtomicBool,
 }
 
 pub(super) struct EngineLane {
@@ -98,7 +100,10 @@ impl EngineLane {
                     asking.end();
                     Event::EngineDone
                 }
-                Err(cause) => Event::Failed { cause: cause.with(Key::Rank, rank) },
+                Err(cause) => {
+                    told_of.lost.store(cause.kind() == ErrorKind::PeerLost, Ordering::Release);
+                    Event::Failed { cause: cause.with(Key::Rank, rank) }
+                }
             };
             let _ = events.send(event);
         });
@@ -118,6 +123,15 @@ impl EngineLane {
         }
         let done = self.state.done.load(Ordering::Acquire);
         let (engine, rank) = (&self.call.engine, self.rank);
+        if self.state.lost.load(Ordering::Acquire) {
+            // Finding out once more would take as long as it did the first time.
+            tracing::warn!(
+                rank,
+                engine = engine.name(),
+                "the engine is gone or silent, so it is not resumed; the next update that succeeds resumes it"
+            );
+            return Ok(());
+        }
         match verdict {
             Verdict::Well | Verdict::Untouched => {}
             Verdict::AfterCommit if done => {}
