@@ -9,9 +9,7 @@ use ckpt_core::{
     Epoch, Error, ErrorKind, Recovery,
     device::{Buffer, BufferSlice, DeviceBackend, Stream},
     testkit::conformance,
-    transport::{
-        CollectiveOp, Communicator, GroupSpec, Probe, Transport, TransportConfig, TransportProvider,
-    },
+    transport::{CollectiveOp, Communicator, GroupSpec, Probe, Transport, TransportProvider},
 };
 
 use crate::{
@@ -29,21 +27,10 @@ struct Member {
     stream: Arc<dyn Stream>,
 }
 
-fn config(device: Arc<dyn DeviceBackend>) -> TransportConfig {
-    TransportConfig {
-        bind: std::net::Ipv4Addr::LOCALHOST.into(),
-        runtime_dir: std::env::temp_dir(),
-        tls: false,
-        secret: Vec::new(),
-        connections: 1,
-        device,
-    }
-}
-
 fn member(local_rank: u32) -> Member {
     let device = Arc::new(fake::device(local_rank));
     let settings = NcclConfig { abort_deadline: Duration::from_secs(5), ..NcclConfig::default() };
-    let transport = fake::provider(settings).open(&config(device.clone())).unwrap();
+    let transport = fake::provider(settings).open(&fake::config(device.clone())).unwrap();
     let stream = device.stream("net").unwrap();
     Member { device, transport, stream }
 }
@@ -262,7 +249,7 @@ impl conformance::Factory for Fakes {
         _rank: u32,
         device: &Arc<dyn DeviceBackend>,
     ) -> ckpt_core::Result<Arc<dyn Transport>> {
-        fake::provider(NcclConfig::default()).open(&config(device.clone()))
+        fake::provider(NcclConfig::default()).open(&fake::config(device.clone()))
     }
 
     fn max_members(&self) -> u32 {

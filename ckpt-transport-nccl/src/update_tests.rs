@@ -21,7 +21,7 @@ use ckpt_core::{
     plan::PlanLimits,
     server::{ParameterServer, ServerConfig, UpdateReport, UpdateRequest},
     sink::{Afterwards, BucketMessage, WeightSink},
-    transport::{TransportConfig, TransportProvider, tcp::TcpProvider},
+    transport::{TransportProvider, tcp::TcpProvider},
 };
 
 use crate::{
@@ -110,14 +110,7 @@ async fn job_on(first_device: u32, hosts: &[u64], ipc: bool) -> Job {
         let cell = DriverCell::of(if ipc { fake::driver() } else { fake::driver_without_ipc() });
         let device: Arc<dyn DeviceBackend> =
             Arc::new(CudaProvider::new(cell.clone()).open_cuda(first_device + rank).unwrap());
-        let config = TransportConfig {
-            bind: std::net::Ipv4Addr::LOCALHOST.into(),
-            runtime_dir: std::env::temp_dir(),
-            tls: false,
-            secret: b"a secret".to_vec(),
-            connections: 1,
-            device: device.clone(),
-        };
+        let config = fake::config(device.clone());
         let ipc = CudaIpcProvider::new(cell).on_host(*host);
         let provider = CudaTransportProvider::of(ipc, fake::provider(NcclConfig::default()));
         let session =

@@ -6,9 +6,7 @@ use ckpt_core::{
     Epoch, Error, ErrorKind, Key, Result,
     device::{BufferSlice, DeviceBackend, Event, Stream},
     testkit::conformance,
-    transport::{
-        AbortHandle, CollectiveOp, Communicator, GroupSpec, Transport, TransportConfig, TransportProvider,
-    },
+    transport::{AbortHandle, CollectiveOp, Communicator, GroupSpec, Transport, TransportProvider},
 };
 use futures_util::future::join_all;
 
@@ -26,17 +24,6 @@ use crate::{
     fake,
 };
 
-fn config(device: Arc<dyn DeviceBackend>) -> TransportConfig {
-    TransportConfig {
-        bind: std::net::Ipv4Addr::LOCALHOST.into(),
-        runtime_dir: std::env::temp_dir(),
-        tls: false,
-        secret: b"secret".to_vec(),
-        connections: 1,
-        device,
-    }
-}
-
 /// Members on these hosts.
 struct Hosts(&'static [u64]);
 
@@ -47,7 +34,8 @@ impl conformance::Factory for Hosts {
 
     fn transport(&self, rank: u32, device: &Arc<dyn DeviceBackend>) -> Result<Arc<dyn Transport>> {
         let ipc = CudaIpcProvider::new(DriverCell::of(fake::driver())).on_host(self.0[rank as usize]);
-        CudaTransportProvider::of(ipc, fake::provider(NcclConfig::default())).open(&config(device.clone()))
+        CudaTransportProvider::of(ipc, fake::provider(NcclConfig::default()))
+            .open(&fake::config(device.clone()))
     }
 
     fn max_members(&self) -> u32 {
@@ -143,8 +131,10 @@ async fn try_group(places: &[Place]) -> Vec<Result<Member>> {
         let nccl =
             if place.nccl { fake::provider(NcclConfig::default()) } else { fake::provider_without_nccl() };
         let ipc = CudaIpcProvider::new(cell).on_host(place.host);
-        transports
-            .push((CudaTransportProvider::of(ipc, nccl).open(&config(device.clone())).unwrap(), device));
+        transports.push((
+            CudaTransportProvider::of(ipc, nccl).open(&fake::config(device.clone())).unwrap(),
+            device,
+        ));
     }
     let token = transports[0].0.collective().unwrap().create_token().await.unwrap();
     let joins = transports.into_iter().zip(0..).map(|((transport, device), rank)| {
@@ -404,9 +394,9 @@ async fn bytes_of_a_rail_that_failed_are_not_passed_on_as_good() {
     for (rank, host) in (0..).zip(hosts) {
         let cell = DriverCell::of(fake::driver());
         let device = Arc::new(CudaProvider::new(cell.clone()).open_cuda(rank).unwrap());
-        ipc.push(CudaIpcProvider::new(cell).on_host(host).open_ipc(&config(device.clone())).unwrap());
+        ipc.push(CudaIpcProvider::new(cell).on_host(host).open_ipc(&fake::config(device.clone())).unwrap());
         let provider: NcclProvider = fake::provider(NcclConfig::default());
-        nccl.push(provider.open(&config(device.clone())).unwrap());
+        nccl.push(provider.open(&fake::config(device.clone())).unwrap());
         devices.push(device);
     }
     let places: Vec<Rails> = (0..4)

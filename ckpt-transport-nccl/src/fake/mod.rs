@@ -5,7 +5,9 @@
 mod cuda;
 mod nccl;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{net::Ipv4Addr, path::PathBuf, sync::Arc};
+
+use ckpt_core::{device::DeviceBackend, transport::TransportConfig};
 
 pub(crate) use cuda::{CONTEXT_BYTES, FIRST_COUNTED, GROUP_BYTES, is_allocated, is_registered, stack_depth};
 pub(crate) use nccl::{fail_next_launch, live_communicators};
@@ -50,6 +52,18 @@ pub(crate) fn provider_without_nccl() -> NcclProvider {
 /// A provider of devices whose free memory can be seen without opening them.
 pub(crate) fn seen_provider() -> CudaProvider {
     CudaProvider::new(DriverCell::of(driver())).with_nvml(&cuda::NVML)
+}
+
+/// What a transport of this crate is opened with, on `device`.
+pub(crate) fn config(device: Arc<dyn DeviceBackend>) -> TransportConfig {
+    TransportConfig {
+        bind: Ipv4Addr::LOCALHOST.into(),
+        runtime_dir: std::env::temp_dir(),
+        tls: false,
+        secret: b"secret".to_vec(),
+        connections: 1,
+        device,
+    }
 }
 
 /// A provider of the transport on that driver.

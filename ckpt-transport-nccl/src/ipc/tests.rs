@@ -6,7 +6,7 @@ use ckpt_core::{
     Epoch, ErrorKind, Result,
     device::{Buffer, BufferSlice, DeviceBackend, Stream},
     testkit::conformance,
-    transport::{CollectiveOp, Communicator, GroupSpec, Transport, TransportConfig, TransportProvider},
+    transport::{CollectiveOp, Communicator, GroupSpec, Transport, TransportProvider},
 };
 
 use super::{
@@ -22,17 +22,6 @@ use crate::{
     fake,
 };
 
-fn config(device: Arc<dyn DeviceBackend>) -> TransportConfig {
-    TransportConfig {
-        bind: std::net::Ipv4Addr::LOCALHOST.into(),
-        runtime_dir: std::env::temp_dir(),
-        tls: false,
-        secret: b"secret".to_vec(),
-        connections: 1,
-        device,
-    }
-}
-
 /// Each device and transport as in a process of its own.
 struct Processes;
 
@@ -42,7 +31,7 @@ impl conformance::Factory for Processes {
     }
 
     fn transport(&self, _rank: u32, device: &Arc<dyn DeviceBackend>) -> Result<Arc<dyn Transport>> {
-        CudaIpcProvider::new(DriverCell::of(fake::driver())).open(&config(device.clone()))
+        CudaIpcProvider::new(DriverCell::of(fake::driver())).open(&fake::config(device.clone()))
     }
 
     fn max_members(&self) -> u32 {
@@ -93,8 +82,8 @@ async fn pair(same_process: bool) -> [Member; 2] {
     let second = CudaIpcProvider::new(DriverCell::of(driver));
     let devices = [Arc::new(fake::device(0)), Arc::new(fake::device(1))];
     let transports = [
-        first.open(&config(devices[0].clone())).unwrap(),
-        if same_process { &first } else { &second }.open(&config(devices[1].clone())).unwrap(),
+        first.open(&fake::config(devices[0].clone())).unwrap(),
+        if same_process { &first } else { &second }.open(&fake::config(devices[1].clone())).unwrap(),
     ];
     let token = transports[0].collective().unwrap().create_token().await.unwrap();
     let join = |rank: u32| {
