@@ -94,7 +94,7 @@ impl Flying {
             for _ in 0..LOOKS {
                 self.connection.help();
                 match self.batch.arrived() {
-                    Ok(arrived) if !arrived => std::hint::spin_loop(),
+                    Ok(false) => std::hint::spin_loop(),
                     outcome => return outcome.is_ok(),
                 }
             }
@@ -118,6 +118,25 @@ impl Flying {
     }
 }
 
+/// Hands the batch to a task when whoever waits stops before it has arrived, also when it is dropped: somebody must keep
+/// the batch's deadline and see that its owner is gone.
+struct Leaving<'a>(Option<&'a Flying>);
+
+impl Leaving<'_> {
+    /// All has arrived.
+    fn in_peace(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        if let Some(flying) = self.0 {
+            flying.attend();
+        }
+    }
+}
+
 #[async_trait]
 impl EventState for Flying {
     fn is_complete(&self) -> Result<bool> {
@@ -129,6 +148,7 @@ impl EventState for Flying {
             return Ok(());
         }
         self.connection.attend();
+        let leaving = Leaving(Some(self));
         let waited = async {
             tokio::select! {
                 biased;
@@ -137,9 +157,10 @@ impl EventState for Flying {
             }
         };
         if let Ok(true) = tokio::time::timeout_at(self.deadline.min(deadline).into(), waited).await {
+            leaving.in_peace();
             return Ok(());
         }
-        self.attend();
+        drop(leaving);
         self.completion.done(deadline).await
     }
 
