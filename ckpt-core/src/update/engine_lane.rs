@@ -53,6 +53,10 @@ struct State {
     lost: AtomicBool,
 }
 
+/// For an engine that was found dead or silent to be resumed: it may only have been cut off, and finding out once more
+/// that it is silent would take as long as it did the first time.
+const LAST_TRY: Duration = Duration::from_secs(1);
+
 pub(super) struct EngineLane {
     call: EngineCall,
     rank: Rank,
@@ -123,15 +127,6 @@ impl EngineLane {
         }
         let done = self.state.done.load(Ordering::Acquire);
         let (engine, rank) = (&self.call.engine, self.rank);
-        if self.state.lost.load(Ordering::Acquire) {
-            // Finding out once more would take as long as it did the first time.
-            tracing::warn!(
-                rank,
-                engine = engine.name(),
-                "the engine is gone or silent, so it is not resumed; the next update that succeeds resumes it"
-            );
-            return Ok(());
-        }
         match verdict {
             Verdict::Well | Verdict::Untouched => {}
             Verdict::AfterCommit if done => {}
@@ -151,7 +146,9 @@ impl EngineLane {
                 return Ok(());
             }
         }
-        let resumed = engine.resume(Instant::now() + deadlines.release).await;
+        let lost = self.state.lost.load(Ordering::Acquire);
+        let limit = if lost { LAST_TRY } else { deadlines.release };
+        let resumed = engine.resume(Instant::now() + limit).await;
         resumed.map_err(|e| e.with(Key::Rank, rank))
     }
 }
