@@ -194,6 +194,7 @@ impl MooncakeTransport {
     }
 
     fn post(&self, way: Way, batch: Vec<Transfer>, deadline: Instant) -> Result<Event> {
+        way.check_deadline(deadline)?;
         for transfer in &batch {
             check(transfer, way, self.shared.protocol)
                 .map_err(|error| error.with(Key::Peer, &transfer.region.peer))?;

@@ -107,6 +107,7 @@ impl RdmaTransport {
     }
 
     fn post(&self, way: Way, batch: Vec<impl Into<Transfer>>, deadline: Instant) -> Result<Event> {
+        way.check_deadline(deadline)?;
         let operation = way.operation();
         // Few owners a batch, mostly one: a search costs less than a table.
         let mut jobs: SmallVec<[(Peer, Job); 1]> = SmallVec::new();
@@ -122,7 +123,6 @@ impl RdmaTransport {
             }
         }
         if let [(peer, job)] = &jobs[..]
-            && Instant::now() < deadline
             && let Some(flight) = mover::post_now(&self.node, *peer, job)
             && let Some((peer, job)) = jobs.pop()
         {

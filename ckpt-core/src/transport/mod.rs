@@ -164,8 +164,8 @@ pub trait Registration: Send + Sync + fmt::Debug {
 pub trait OneSided: Send + Sync {
     /// Makes `buffer` readable by peers.
     async fn register(&self, buffer: Arc<dyn Buffer>) -> Result<Arc<dyn Registration>>;
-    /// Starts a batch of reads; the event completes when all bytes are there, or fails by `deadline`. The batch owns
-    /// its memory until it is retired, also when the event is dropped.
+    /// Starts a batch of reads; the event completes when all bytes are there, or fails by `deadline`; none is started
+    /// after it. The batch owns its memory until it is retired, also when the event is dropped.
     fn post_read(&self, batch: Vec<ReadOp>, deadline: Instant) -> Result<Event>;
     /// Makes `buffer` readable and writable by peers. Refused by transports that cannot write.
     async fn register_writable(&self, _buffer: Arc<dyn Buffer>) -> Result<Arc<dyn Registration>> {

@@ -1,6 +1,6 @@
 //! One read or write, for transports that treat both alike.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use super::{ReadOp, RemoteRegion, WriteOp};
 use crate::{
@@ -24,6 +24,15 @@ impl Way {
             Way::Read => "read remote memory",
             Way::Write => "write remote memory",
         }
+    }
+
+    /// A timeout if `deadline` has passed. A batch asks before it begins: bytes that are quick enough would arrive before
+    /// its waiting task looks at the clock.
+    pub fn check_deadline(self, deadline: Instant) -> Result<()> {
+        if Instant::now() < deadline {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Timeout, self.operation(), "its deadline had passed before it began"))
     }
 }
 

@@ -175,6 +175,7 @@ impl UcxTransport {
     }
 
     fn post(&self, way: Way, batch: Vec<impl Into<Transfer>>, deadline: Instant) -> Result<Event> {
+        way.check_deadline(deadline)?;
         let mut owners: HashMap<Peer, Vec<(Transfer, Arc<Descriptor>)>> = HashMap::new();
         for op in batch {
             let transfer: Transfer = op.into();

@@ -51,6 +51,7 @@ impl LocalTransport {
         batch: Vec<impl Into<Transfer>>,
         deadline: Instant,
     ) -> Result<Event> {
+        way.check_deadline(deadline)?;
         let batch: Vec<Transfer> = batch.into_iter().map(Into::into).collect();
         for transfer in &batch {
             transfer.check_on_host(way)?;

@@ -175,6 +175,7 @@ impl TcpTransport {
         batch: Vec<impl Into<Transfer>>,
         deadline: Instant,
     ) -> Result<Event> {
+        way.check_deadline(deadline)?;
         let mut owners = Owners::new();
         for op in batch {
             let transfer: Transfer = op.into();
