@@ -150,6 +150,13 @@ impl Connection {
         lanes
     }
 
+    /// One lane that still works, another one each time.
+    pub(crate) fn next_lane(&self) -> Option<&Arc<Lane>> {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed) % self.lanes.len().max(1);
+        let (before, after) = self.lanes.split_at_checked(turn)?;
+        after.iter().chain(before).find(|lane| lane.is_open())
+    }
+
     /// Polls for whoever waits.
     pub(crate) fn help(&self) {
         self.each_nic(|nic| nic.help());

@@ -3,16 +3,15 @@
 
 use std::{
     any::Any,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
 use ckpt_core::{
-    Error, ErrorKind, Result,
+    Result,
     device::{Event, EventState},
 };
-use tokio::runtime::Handle;
 
 use crate::{
     connection::Connection,
@@ -26,44 +25,27 @@ use crate::{
 const POLLED_BYTES: u64 = 64 << 10;
 const POLLED_TIME: Duration = Duration::from_micros(200);
 
-pub(crate) fn event(
-    node: Arc<Node>,
-    peer: Peer,
-    job: Job,
-    flight: Flight,
-    deadline: Instant,
-) -> Result<Event> {
-    let operation = job.way.operation();
-    let runtime = Handle::try_current().map_err(|e| {
-        Error::new(ErrorKind::Internal, operation, "must be called in a tokio runtime").caused_by(e)
-    })?;
+pub(crate) fn event(node: Arc<Node>, peer: Peer, job: Job, flight: Flight, deadline: Instant) -> Event {
     let bytes: u64 = job.transfers.iter().map(|(transfer, _)| transfer.memory.len_bytes()).sum();
-    let flying = Flying {
-        connection: flight.connection.clone(),
-        batch: flight.batch.clone(),
-        small: bytes <= POLLED_BYTES,
-        deadline,
-        runtime,
-        completion: Arc::new(Completion::new(operation)),
-        unattended: Mutex::new(Some((node, peer, job, flight))),
-    };
-    if !flying.small {
-        flying.connection.attend();
+    let Flight { connection, batch } = flight;
+    let small = bytes <= POLLED_BYTES;
+    if !small {
+        connection.attend();
     }
-    Ok(Event::new(flying))
+    let (unattended, completion) = (Mutex::new(Some((peer, job))), OnceLock::new());
+    Event::new(Flying { node, connection, batch, small, deadline, unattended, completion })
 }
 
-type Unattended = (Arc<Node>, Peer, Job, Flight);
-
 struct Flying {
+    node: Arc<Node>,
     connection: Arc<Connection>,
     batch: Arc<Batch>,
     small: bool,
     deadline: Instant,
-    runtime: Handle,
-    completion: Arc<Completion>,
     /// Until a task has it.
-    unattended: Mutex<Option<Unattended>>,
+    unattended: Mutex<Option<(Peer, Job)>>,
+    /// What that task tells. Made when it is needed.
+    completion: OnceLock<Arc<Completion>>,
 }
 
 impl std::fmt::Debug for Flying {
@@ -73,23 +55,29 @@ impl std::fmt::Debug for Flying {
 }
 
 impl Flying {
-    /// Hands the batch to a task, which tries again what failed and keeps the deadline.
-    fn attend(&self) {
-        let flight = self.unattended.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some((node, peer, job, flight)) = flight {
-            let (ended, deadline) = (Ended(self.completion.clone()), self.deadline);
-            self.runtime.spawn(async move {
-                let outcome = mover::drive(&node, peer, job, Some(flight), deadline).await;
-                ended.0.complete(outcome);
-            });
-        }
+    /// Hands the batch to a task, which tries again what failed and keeps the deadline. Answers what the task tells.
+    fn attend(&self) -> &Completion {
+        let mut unattended = self.unattended.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((peer, job)) = unattended.take() else {
+            // Whoever took it made it, under this lock.
+            return self.completion.get_or_init(Arc::default);
+        };
+        let completion = self.completion.get_or_init(|| Arc::new(Completion::new(job.way.operation())));
+        let ended = Ended(completion.clone());
+        let flight = Flight { connection: self.connection.clone(), batch: self.batch.clone() };
+        let (node, deadline) = (self.node.clone(), self.deadline);
+        self.node.runtime.spawn(async move {
+            let outcome = mover::drive(&node, peer, job, Some(flight), deadline).await;
+            ended.0.complete(outcome);
+        });
+        completion
     }
 
     /// Polls for a short while; whether all has arrived.
     fn arrives_soon(&self) -> bool {
         /// Looks for each look at the clock, which may cost more than they do.
         const LOOKS: u32 = 16;
-        let until = Instant::now() + POLLED_TIME;
+        let mut until = None;
         loop {
             for _ in 0..LOOKS {
                 self.connection.help();
@@ -98,21 +86,24 @@ impl Flying {
                     outcome => return outcome.is_ok(),
                 }
             }
-            if Instant::now() >= until {
+            let now = Instant::now();
+            if now >= *until.get_or_insert(now + POLLED_TIME) {
                 return false;
             }
         }
     }
 
     fn look(&self) -> Result<bool> {
-        if let Some(outcome) = self.completion.outcome.get() {
+        if let Some(outcome) = self.completion.get().and_then(|completion| completion.outcome.get()) {
             return outcome.clone().map(|()| true);
         }
         self.connection.help();
         match self.batch.arrived() {
             Ok(true) => return Ok(true),
             Ok(false) if Instant::now() < self.deadline && !self.connection.lost.is_cancelled() => {}
-            _ => self.attend(),
+            _ => {
+                self.attend();
+            }
         }
         Ok(false)
     }
@@ -144,7 +135,7 @@ impl EventState for Flying {
     }
 
     async fn done(&self, deadline: Instant) -> Result<()> {
-        if self.look()? || self.small && self.arrives_soon() {
+        if self.small && self.arrives_soon() || self.look()? {
             return Ok(());
         }
         self.connection.attend();
@@ -161,7 +152,7 @@ impl EventState for Flying {
             return Ok(());
         }
         drop(leaving);
-        self.completion.done(deadline).await
+        self.attend().done(deadline).await
     }
 
     fn as_any(&self) -> &dyn Any {

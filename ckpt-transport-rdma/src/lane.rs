@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
 };
 
 use ckpt_core::{device::BufferSlice, transport::Way};
@@ -53,69 +53,70 @@ pub(crate) struct Failure {
 /// Pieces that are waited for together.
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
-    state: Mutex<BatchState>,
+    left: AtomicUsize,
+    failed: AtomicBool,
+    failures: Mutex<Vec<Failure>>,
+    /// Somebody wants to be woken.
+    awaited: AtomicBool,
     done: Notify,
-}
-
-#[derive(Debug, Default)]
-struct BatchState {
-    left: usize,
-    failures: Vec<Failure>,
 }
 
 impl Batch {
     pub(crate) fn new(pieces: usize) -> Arc<Self> {
-        let state = BatchState { left: pieces, failures: Vec::new() };
-        Arc::new(Self { state: Mutex::new(state), done: Notify::new() })
+        Arc::new(Self { left: AtomicUsize::new(pieces), ..Self::default() })
     }
 
-    fn lock(&self) -> MutexGuard<'_, BatchState> {
+    fn failures(&self) -> MutexGuard<'_, Vec<Failure>> {
         // Each change under this lock is whole even after a panic elsewhere.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn finish(&self, failure: Option<Failure>) {
-        let mut state = self.lock();
-        state.left -= 1;
         let failed = failure.is_some();
-        state.failures.extend(failure);
-        if state.left == 0 || failed {
-            drop(state);
+        if let Some(failure) = failure {
+            self.failures().push(failure);
+            self.failed.store(true, Ordering::SeqCst);
+        }
+        // Before `awaited` is asked, as who waits sets that before it looks: one of the two sees the other.
+        let last = self.left.fetch_sub(1, Ordering::SeqCst) == 1;
+        if (last || failed) && self.awaited.load(Ordering::SeqCst) {
             self.done.notify_waiters();
         }
     }
 
     /// Whether all pieces have arrived; `Err` if one has failed.
     pub(crate) fn arrived(&self) -> Result<bool, ()> {
-        let state = self.lock();
-        if state.failures.is_empty() { Ok(state.left == 0) } else { Err(()) }
+        // In this order: the last piece's failure is there before nothing is left.
+        let over = self.left.load(Ordering::SeqCst) == 0;
+        if self.failed.load(Ordering::SeqCst) { Err(()) } else { Ok(over) }
+    }
+
+    /// Waits until `look` finds something.
+    async fn until<T>(&self, look: impl Fn() -> Option<T>) -> T {
+        self.awaited.store(true, Ordering::SeqCst);
+        loop {
+            let mut notified = std::pin::pin!(self.done.notified());
+            notified.as_mut().enable();
+            if let Some(found) = look() {
+                return found;
+            }
+            notified.await;
+        }
     }
 
     /// Waits until all pieces have arrived (`true`), or one has failed.
     pub(crate) async fn decided(&self) -> bool {
-        loop {
-            let mut notified = std::pin::pin!(self.done.notified());
-            notified.as_mut().enable();
-            match self.arrived() {
-                Ok(false) => notified.await,
-                outcome => return outcome.is_ok(),
-            }
-        }
+        let decided = || match self.arrived() {
+            Ok(false) => None,
+            outcome => Some(outcome.is_ok()),
+        };
+        self.until(decided).await
     }
 
     /// Waits until no piece is on a device any more; answers those that failed.
     pub(crate) async fn finished(&self) -> Vec<Failure> {
-        loop {
-            let mut notified = std::pin::pin!(self.done.notified());
-            notified.as_mut().enable();
-            {
-                let mut state = self.lock();
-                if state.left == 0 {
-                    return std::mem::take(&mut state.failures);
-                }
-            }
-            notified.await;
-        }
+        let over = || self.left.load(Ordering::SeqCst) == 0;
+        self.until(|| over().then(|| std::mem::take(&mut *self.failures()))).await
     }
 }
 
@@ -130,6 +131,8 @@ pub(crate) struct Lane {
     /// Which of the owner's NICs is on the other side.
     pub(crate) remote_nic: usize,
     queue: Mutex<SendQueue<Piece>>,
+    /// The queue takes no more; asked without its lock.
+    closed: AtomicBool,
 }
 
 impl Lane {
@@ -141,6 +144,7 @@ impl Lane {
             index,
             remote_nic,
             queue: Mutex::new(SendQueue::new(depth as usize, first)),
+            closed: AtomicBool::new(false),
         });
         nic.add_lane(lane.number(), &lane);
         lane
@@ -156,7 +160,7 @@ impl Lane {
     }
 
     pub(crate) fn is_open(&self) -> bool {
-        !self.lock().is_closed()
+        !self.closed.load(Ordering::Acquire)
     }
 
     pub(crate) fn is_idle(&self) -> bool {
@@ -185,13 +189,8 @@ impl Lane {
             let posted = unsafe { self.qp.post(opcode(piece.way), number, local, remote, signalled) };
             if let Err(error) = posted {
                 // The device has not taken it. Those before it may be unsignalled: the error state flushes them.
-                let failed = queue.fail(number);
-                self.settle(failed.done, None);
-                self.settle(failed.culprit, Some(&error));
-                let waiting = queue.close();
-                self.settle(waiting, Some(&FLUSHED));
-                self.end_queue_pair();
-                return;
+                self.fail(queue, number, &error);
+                return self.end_queue_pair();
             }
         }
     }
@@ -205,18 +204,22 @@ impl Lane {
                 self.settle(done, None);
                 self.pump(&mut queue);
             }
-            Err(error) => {
-                let failed = queue.fail(number);
-                let waiting = queue.close();
-                self.settle(failed.done, None);
-                self.settle(failed.culprit, Some(&error));
-                self.settle(waiting, Some(&FLUSHED));
-            }
+            Err(error) => self.fail(&mut queue, number, &error),
         }
+    }
+
+    /// A request has failed, and with it the lane.
+    fn fail(&self, queue: &mut SendQueue<Piece>, number: u64, error: &VerbsError) {
+        self.closed.store(true, Ordering::Release);
+        let failed = queue.fail(number);
+        self.settle(failed.done, None);
+        self.settle(failed.culprit, Some(error));
+        self.settle(queue.close(), Some(&FLUSHED));
     }
 
     /// Ends the lane: what is in flight fails with a flush error.
     pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
         let waiting = self.lock().close();
         self.settle(waiting, Some(&FLUSHED));
         self.end_queue_pair();

@@ -8,10 +8,10 @@ use std::{
 
 use ckpt_core::{
     Error, ErrorKind, Key, Result,
-    device::{Buffer, BufferSlice},
+    device::BufferSlice,
     transport::{Transfer, Way},
 };
-use smallvec::{SmallVec, smallvec};
+use smallvec::SmallVec;
 
 use crate::{
     connection::Connection,
@@ -60,21 +60,55 @@ pub(crate) async fn run(node: &Arc<Node>, peer: Peer, job: Job, deadline: Instan
 pub(crate) struct Flight {
     pub(crate) connection: Arc<Connection>,
     pub(crate) batch: Arc<Batch>,
-    parts: Parts,
 }
 
-/// Posts the batch if nothing has to be waited for before: connected, registered, and known to the owner.
-pub(crate) fn post_now(node: &Arc<Node>, peer: Peer, job: &Job) -> Option<Flight> {
-    let connection = node.connected(peer).filter(|connection| connection.knows(&claims(job)))?;
-    let registered = |buffer: &Arc<dyn Buffer>| node.local.get_now(buffer);
-    let mut parts = Parts::new();
-    for (transfer, descriptor) in &job.transfers {
-        if transfer.memory.len_bytes() > 0 {
-            cut(transfer, descriptor, &registered(transfer.memory.buffer())?, &mut parts).ok()?;
+/// Posts the batch if nothing has to be waited for before: registered, and known to the owner.
+pub(crate) fn post_now(node: &Node, connection: Arc<Connection>, job: &Job) -> Option<Flight> {
+    let batch = match &job.transfers[..] {
+        [(transfer, descriptor)] if (1..=PIECE_BYTES).contains(&transfer.memory.len_bytes()) => {
+            if !connection.knows(&[claim(job.way, transfer)]) {
+                return None;
+            }
+            let registered = node.local.get_now(transfer.memory.buffer())?;
+            post_one(&connection, job.way, transfer, descriptor, registered)?
         }
-    }
-    let batch = post(&connection, job.way, &parts)?;
-    Some(Flight { connection, batch, parts })
+        transfers => {
+            if !connection.knows(&claims(job)) {
+                return None;
+            }
+            let mut parts = Parts::new();
+            for (transfer, descriptor) in transfers {
+                if transfer.memory.len_bytes() > 0 {
+                    let registered = node.local.get_now(transfer.memory.buffer())?;
+                    cut(transfer, descriptor, &registered, &mut parts).ok()?;
+                }
+            }
+            post(&connection, job.way, &parts)?
+        }
+    };
+    Some(Flight { connection, batch })
+}
+
+/// As [`post`], for a transfer that is one piece.
+fn post_one(
+    connection: &Connection,
+    way: Way,
+    transfer: &Transfer,
+    descriptor: &Descriptor,
+    registered: Arc<MrSet>,
+) -> Option<Arc<Batch>> {
+    let lane = connection.next_lane()?;
+    let batch = Batch::new(1);
+    lane.submit(std::iter::once(Piece {
+        batch: batch.clone(),
+        index: 0,
+        way,
+        memory: transfer.memory.clone(),
+        registered,
+        remote_address: transfer.region.address + transfer.offset,
+        remote_key: descriptor.key(lane.remote_nic),
+    }));
+    Some(batch)
 }
 
 /// Goes on with a batch, to its end.
@@ -145,14 +179,15 @@ async fn attempts(
     let Some((_, descriptor)) = job.transfers.first() else { return Ok(()) };
     let operation = job.way.operation();
     let claims = claims(job);
-    let mut parts = match &mut flight {
-        Some(flight) => std::mem::take(&mut flight.parts),
-        None => parts(node, job).await?,
+    // Those of a batch that was posted already are cut again if some fail.
+    let mut parts = match &flight {
+        Some(_) => Parts::new(),
+        None => cut_all(node, job).await?,
     };
     let mut last = None;
     for _ in 0..ATTEMPTS {
         let (connection, batch) = match flight.take() {
-            Some(Flight { connection, batch, .. }) => (connection, Some(batch)),
+            Some(Flight { connection, batch }) => (connection, Some(batch)),
             None => {
                 let connection = match node.connection(peer, descriptor).await {
                     Ok(connection) => connection,
@@ -206,6 +241,9 @@ async fn attempts(
                 describe(operation, failure, lane, descriptor)
             });
         }
+        if parts.is_empty() {
+            parts = cut_all(node, job).await?;
+        }
         let failed: Parts = failures.iter().filter_map(|failure| parts.get(failure.index).cloned()).collect();
         parts = failed;
     }
@@ -218,25 +256,24 @@ fn is_flush(failure: &Failure) -> bool {
 
 /// What the owner is asked for each region.
 fn claims(job: &Job) -> SmallVec<[Claim; 1]> {
-    let write = job.way == Way::Write;
-    let claim = |transfer: &Transfer| Claim {
-        generation: transfer.region.generation,
-        address: transfer.region.address,
-        end: transfer.offset + transfer.memory.len_bytes(),
-        write,
-    };
-    if let [(transfer, _)] = &job.transfers[..] {
-        return smallvec![claim(transfer)];
-    }
     let mut furthest: BTreeMap<(u64, u64), Claim> = BTreeMap::new();
-    for claim in job.transfers.iter().map(|(transfer, _)| claim(transfer)) {
+    for claim in job.transfers.iter().map(|(transfer, _)| claim(job.way, transfer)) {
         let known = furthest.entry((claim.generation, claim.address)).or_insert(claim);
         known.end = known.end.max(claim.end);
     }
     furthest.into_values().collect()
 }
 
-async fn parts(node: &Arc<Node>, job: &Job) -> Result<Parts> {
+fn claim(way: Way, transfer: &Transfer) -> Claim {
+    Claim {
+        generation: transfer.region.generation,
+        address: transfer.region.address,
+        end: transfer.offset + transfer.memory.len_bytes(),
+        write: way == Way::Write,
+    }
+}
+
+async fn cut_all(node: &Node, job: &Job) -> Result<Parts> {
     let mut parts = Parts::new();
     for (transfer, descriptor) in &job.transfers {
         if transfer.memory.len_bytes() > 0 {
@@ -283,8 +320,7 @@ fn post(connection: &Arc<Connection>, way: Way, parts: &[Part]) -> Option<Arc<Ba
             memory: part.memory.clone(),
             registered: part.registered.clone(),
             remote_address: part.remote_address,
-            // A descriptor with too few keys is refused before.
-            remote_key: part.descriptor.keys.get(lane.remote_nic).copied().unwrap_or(0),
+            remote_key: part.descriptor.key(lane.remote_nic),
         }));
     }
     Some(batch)

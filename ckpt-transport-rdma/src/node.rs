@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
@@ -11,6 +11,7 @@ use ckpt_core::{
     Error, ErrorKind, Key, Result,
     transport::{RemoteRegion, TransportConfig},
 };
+use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -42,16 +43,24 @@ pub(crate) struct Node {
     pub(crate) regions: Arc<Regions>,
     pub(crate) local: MrCache,
     pub(crate) stop: CancellationToken,
+    /// The runtime that the transport was opened in.
+    pub(crate) runtime: Handle,
     job_secret: Vec<u8>,
     state: Mutex<State>,
 }
 
-/// A region's owner, and what it says of the region.
-pub(crate) type Described = (SocketAddr, Arc<Descriptor>);
+/// What the last batch was with: batches tend to be of the same region.
+struct Last {
+    region: Arc<RemoteRegion>,
+    peer: Peer,
+    descriptor: Arc<Descriptor>,
+    /// Once there was one.
+    connection: Weak<Connection>,
+}
 
 #[derive(Default)]
 struct State {
-    described: Option<(Arc<RemoteRegion>, Described)>,
+    last: Option<Last>,
     connections: BTreeMap<Peer, Slot>,
     /// Since when a pair of NICs is not to be used for a peer.
     suspects: HashMap<(Peer, usize, usize), Instant>,
@@ -64,9 +73,8 @@ impl Node {
             Error::new(kind, "open the transport rdma", message.to_owned())
                 .with(Key::Endpoint, transport.bind)
         };
-        if tokio::runtime::Handle::try_current().is_err() {
-            return Err(failed(ErrorKind::Internal, "must be called in a tokio runtime"));
-        }
+        let runtime = Handle::try_current()
+            .map_err(|e| failed(ErrorKind::Internal, "must be called in a tokio runtime").caused_by(e))?;
         if transport.bind.is_unspecified() {
             let what = "peers cannot reach this address; bind that of one interface";
             return Err(failed(ErrorKind::ConfigInvalid, what));
@@ -93,6 +101,7 @@ impl Node {
             regions: Arc::default(),
             local: MrCache::default(),
             stop: CancellationToken::new(),
+            runtime,
             job_secret: transport.secret.clone(),
             state: Mutex::default(),
         });
@@ -133,25 +142,38 @@ impl Node {
 
     /// The connection to `peer`, if there is one now.
     pub(crate) fn connected(&self, peer: Peer) -> Option<Arc<Connection>> {
-        let slot = self.lock().connections.get(&peer).cloned()?;
-        let slot = slot.try_lock().ok()?;
-        slot.as_ref().filter(|connection| connection.is_usable()).cloned()
+        let mut state = self.lock();
+        if let Some(last) = &state.last
+            && last.peer == peer
+            && let Some(connection) = last.connection.upgrade().filter(|connection| connection.is_usable())
+        {
+            return Some(connection);
+        }
+        let slot = state.connections.get(&peer)?.try_lock().ok()?;
+        let connection = slot.as_ref().filter(|connection| connection.is_usable()).cloned()?;
+        drop(slot);
+        if let Some(last) = state.last.as_mut().filter(|last| last.peer == peer) {
+            last.connection = Arc::downgrade(&connection);
+        }
+        Some(connection)
     }
 
-    /// What `region` describes; the last answer is kept, as batches tend to be of the same region.
+    /// The owner of `region`, and what it says of it.
     pub(crate) fn described(
         &self,
         region: &Arc<RemoteRegion>,
-        describe: impl FnOnce(&RemoteRegion) -> Result<Described>,
-    ) -> Result<Described> {
-        if let Some((known, described)) = &self.lock().described
-            && Arc::ptr_eq(known, region)
+        describe: impl FnOnce(&RemoteRegion) -> Result<(Peer, Descriptor)>,
+    ) -> Result<(Peer, Arc<Descriptor>)> {
+        if let Some(last) = &self.lock().last
+            && Arc::ptr_eq(&last.region, region)
         {
-            return Ok(described.clone());
+            return Ok((last.peer, last.descriptor.clone()));
         }
-        let described = describe(region)?;
-        self.lock().described = Some((region.clone(), described.clone()));
-        Ok(described)
+        let (peer, descriptor) = describe(region)?;
+        let descriptor = Arc::new(descriptor);
+        let (region, connection) = (region.clone(), Weak::new());
+        self.lock().last = Some(Last { region, peer, descriptor: descriptor.clone(), connection });
+        Ok((peer, descriptor))
     }
 
     /// Leaves a pair of NICs out of the next connections to `peer`.

@@ -11,9 +11,11 @@ use smallvec::SmallVec;
 #[derive(Debug)]
 pub(crate) struct SendQueue<T> {
     depth: usize,
-    waiting: VecDeque<T>,
-    flying: VecDeque<(u64, T)>,
-    next: u64,
+    /// Those that fly, oldest first, and behind them those that wait.
+    requests: VecDeque<T>,
+    flying: usize,
+    /// The number of the oldest request; they rise by one.
+    first: u64,
     unsignalled: usize,
     closed: bool,
 }
@@ -31,14 +33,7 @@ impl<T> SendQueue<T> {
     /// At most `depth` requests fly. `first` is the first request's number: no two queues of a process share numbers,
     /// so that a completion of an earlier queue pair is never taken for one of this.
     pub(crate) fn new(depth: usize, first: u64) -> Self {
-        Self {
-            depth,
-            waiting: VecDeque::new(),
-            flying: VecDeque::new(),
-            next: first,
-            unsignalled: 0,
-            closed: false,
-        }
+        Self { depth, requests: VecDeque::new(), flying: 0, first, unsignalled: 0, closed: false }
     }
 
     /// Puts a request behind the others; gives it back if the queue is closed.
@@ -46,42 +41,39 @@ impl<T> SendQueue<T> {
         if self.closed {
             return Err(request);
         }
-        self.waiting.push_back(request);
+        self.requests.push_back(request);
         Ok(())
     }
 
     /// The next request to post, its number and whether to signal it, if there is one and a slot is free.
     pub(crate) fn start(&mut self) -> Option<(&T, u64, bool)> {
-        if self.closed || self.flying.len() >= self.depth {
+        if self.closed || self.flying >= self.depth {
             return None;
         }
-        let request = self.waiting.pop_front()?;
-        let number = self.next;
-        self.next += 1;
+        let request = self.requests.get(self.flying)?;
+        let number = self.first + self.flying as u64;
+        self.flying += 1;
         // The last one must be signalled, or nobody would learn of it; and some on the way, or slots never come free.
-        let signalled = self.waiting.is_empty() || self.unsignalled + 1 >= self.depth.div_ceil(4);
+        let last = self.flying == self.requests.len();
+        let signalled = last || self.unsignalled + 1 >= self.depth.div_ceil(4);
         self.unsignalled = if signalled { 0 } else { self.unsignalled + 1 };
-        self.flying.push_back((number, request));
-        self.flying.back().map(|(_, request)| (request, number, signalled))
+        Some((request, number, signalled))
     }
 
     /// A request has completed: it and all before it.
     pub(crate) fn complete(&mut self, number: u64) -> SmallVec<[T; 1]> {
-        let mut done = SmallVec::new();
-        if self.flies(number) {
-            while self.flying.front().is_some_and(|(first, _)| *first <= number) {
-                done.extend(self.flying.pop_front().map(|(_, request)| request));
-            }
+        if !self.flies(number) {
+            return SmallVec::new();
         }
-        done
+        let count = (number - self.first) as usize + 1;
+        self.first += count as u64;
+        self.flying -= count;
+        (0..count).filter_map(|_| self.requests.pop_front()).collect()
     }
 
     /// A request has failed. Nothing is posted afterwards; the others come back as completions with errors.
     pub(crate) fn fail(&mut self, number: u64) -> Failed<T> {
         self.closed = true;
-        if !self.flies(number) {
-            return Failed { done: SmallVec::new(), culprit: None };
-        }
         let mut done = self.complete(number);
         let culprit = done.pop();
         Failed { done, culprit }
@@ -90,27 +82,21 @@ impl<T> SendQueue<T> {
     /// Posts no more, and gives back what has not been posted.
     pub(crate) fn close(&mut self) -> Vec<T> {
         self.closed = true;
-        self.waiting.drain(..).collect()
+        self.requests.drain(self.flying..).collect()
     }
 
     /// Whether no request is on the device.
     pub(crate) fn is_idle(&self) -> bool {
-        self.flying.is_empty()
-    }
-
-    /// Whether it takes no more requests.
-    pub(crate) fn is_closed(&self) -> bool {
-        self.closed
+        self.flying == 0
     }
 
     /// Gives up what flies: only after the queue pair was destroyed.
     pub(crate) fn abandon(&mut self) -> Vec<T> {
-        self.flying.drain(..).map(|(_, request)| request).collect()
+        self.requests.drain(..std::mem::take(&mut self.flying)).collect()
     }
 
     fn flies(&self, number: u64) -> bool {
-        let first = self.flying.front().map(|(number, _)| *number);
-        first.is_some_and(|first| number >= first && number < self.next)
+        (self.first..self.first + self.flying as u64).contains(&number)
     }
 }
 

@@ -12,13 +12,13 @@ use ckpt_core::{
         WriteOp,
     },
 };
-use smallvec::{SmallVec, smallvec};
+use smallvec::smallvec;
 
 use crate::{
     ending, flying,
     memory::{Access, Registered, register},
     mover::{self, Job},
-    node::{Described, Node, Peer},
+    node::{Node, Peer},
     wire::{Descriptor, decode, encode},
 };
 
@@ -108,35 +108,45 @@ impl RdmaTransport {
 
     fn post(&self, way: Way, batch: Vec<impl Into<Transfer>>, deadline: Instant) -> Result<Event> {
         way.check_deadline(deadline)?;
-        let operation = way.operation();
+        let mut batch = batch.into_iter();
+        let Some(first) = batch.next() else {
+            return ending::spawn(way.operation(), Vec::<std::future::Ready<Result<()>>>::new());
+        };
+        let first: Transfer = first.into();
+        let (peer, descriptor) = self.described(way, &first)?;
+        let mut job = Job { way, transfers: smallvec![(first, descriptor)] };
         // Few owners a batch, mostly one: a search costs less than a table.
-        let mut jobs: SmallVec<[(Peer, Job); 1]> = SmallVec::new();
+        let mut others: Vec<(Peer, Job)> = Vec::new();
         for op in batch {
             let transfer: Transfer = op.into();
-            transfer.check_on_host(way)?;
-            let (address, descriptor) =
-                self.node.described(&transfer.region, |region| owner_of(operation, region))?;
-            let peer = (address, descriptor.id);
-            match jobs.iter_mut().find(|(known, _)| *known == peer) {
-                Some((_, job)) => job.transfers.push((transfer, descriptor)),
-                None => jobs.push((peer, Job { way, transfers: smallvec![(transfer, descriptor)] })),
+            let (owner, descriptor) = self.described(way, &transfer)?;
+            let known = others.iter_mut().find(|(known, _)| *known == owner).map(|(_, job)| job);
+            match known.or((owner == peer).then_some(&mut job)) {
+                Some(job) => job.transfers.push((transfer, descriptor)),
+                None => others.push((owner, Job { way, transfers: smallvec![(transfer, descriptor)] })),
             }
         }
-        if let [(peer, job)] = &jobs[..]
-            && let Some(flight) = mover::post_now(&self.node, *peer, job)
-            && let Some((peer, job)) = jobs.pop()
+        if others.is_empty()
+            && let Some(connection) = self.node.connected(peer)
+            && let Some(flight) = mover::post_now(&self.node, connection, &job)
         {
-            return flying::event(self.node.clone(), peer, job, flight, deadline);
+            return Ok(flying::event(self.node.clone(), peer, job, flight, deadline));
         }
-        let jobs = jobs.into_iter().map(|(peer, job)| {
+        let jobs = std::iter::once((peer, job)).chain(others).map(|(peer, job)| {
             let node = self.node.clone();
             async move { mover::run(&node, peer, job, deadline).await }
         });
-        ending::spawn(operation, jobs.collect())
+        ending::spawn(way.operation(), jobs.collect())
+    }
+
+    /// The owner that `transfer` is with, and what it says of its region.
+    fn described(&self, way: Way, transfer: &Transfer) -> Result<(Peer, Arc<Descriptor>)> {
+        transfer.check_on_host(way)?;
+        self.node.described(&transfer.region, |region| owner_of(way.operation(), region))
     }
 }
 
-fn owner_of(operation: &'static str, region: &RemoteRegion) -> Result<Described> {
+fn owner_of(operation: &'static str, region: &RemoteRegion) -> Result<(Peer, Descriptor)> {
     let error = || {
         let what = "the region was not described by the transport `rdma`";
         Error::new(ErrorKind::ConfigInvalid, operation, what).with(Key::Peer, &region.peer)
@@ -147,5 +157,5 @@ fn owner_of(operation: &'static str, region: &RemoteRegion) -> Result<Described>
     if descriptor.version != 1 || descriptor.keys.len() != keys {
         return Err(error());
     }
-    Ok((address, Arc::new(descriptor)))
+    Ok(((address, descriptor.id), descriptor))
 }

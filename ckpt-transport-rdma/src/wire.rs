@@ -28,6 +28,13 @@ pub(crate) struct Descriptor {
     pub(crate) keys: Vec<u32>,
 }
 
+impl Descriptor {
+    /// The region's key on the owner's NIC `nic`. A descriptor with too few is refused before; an empty region has none.
+    pub(crate) fn key(&self, nic: usize) -> u32 {
+        self.keys.get(nic).copied().unwrap_or(0)
+    }
+}
+
 /// One end of a queue pair.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct End {

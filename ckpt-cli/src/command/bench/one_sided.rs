@@ -33,21 +33,25 @@ struct Slots<'a> {
 impl Slots<'_> {
     /// Posts a message on each of these slots.
     fn post(&self, slots: Range<u64>, deadline: Instant) -> Result<Event> {
-        let places = slots.map(|slot| {
-            let at = slot % self.count * self.size;
-            Ok((self.region.clone(), self.start + at, self.memory.slice(at..at + self.size)?))
-        });
-        let places = places.collect::<Result<Vec<_>>>()?.into_iter();
+        let region = || self.region.clone();
         match self.way {
             Way::Read => {
-                let ops = places.map(|(region, offset, into)| ReadOp { region, offset, into }).collect();
+                let op = |(offset, into)| ReadOp { region: region(), offset, into };
+                let ops = slots.map(|slot| self.place(slot).map(op)).collect::<Result<_>>()?;
                 self.facet.post_read(ops, deadline)
             }
             Way::Write => {
-                let ops = places.map(|(region, offset, from)| WriteOp { region, offset, from }).collect();
+                let op = |(offset, from)| WriteOp { region: region(), offset, from };
+                let ops = slots.map(|slot| self.place(slot).map(op)).collect::<Result<_>>()?;
                 self.facet.post_write(ops, deadline)
             }
         }
+    }
+
+    /// Where a slot is in the region, and its memory here.
+    fn place(&self, slot: u64) -> Result<(u64, BufferSlice)> {
+        let at = slot % self.count * self.size;
+        Ok((self.start + at, self.memory.slice(at..at + self.size)?))
     }
 
     /// Seconds for each message, and in the fastest part. Two stretches of half the depth are in flight at a time.
