@@ -4,15 +4,21 @@
 
 use std::{
     path::Path,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use integration_tests::{Certificates, FakeEngine, Finished, Job, LONG, Process, Program, Script};
+use rustls::{
+    ClientConfig, RootCertStore,
+    pki_types::{CertificateDer, ServerName, pem::PemObject},
+};
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
+use tokio_rustls::{TlsConnector, client::TlsStream};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_ckpt-under-test");
 const TOKEN: &str = "a-token-of-this-test-which-nobody-can-guess";
@@ -33,6 +39,20 @@ async fn serve(job: &Job, files: &Certificates) -> (Process, String) {
     let line = server.stdout_line("listens on https://").await;
     let address = line.rsplit(' ').next().unwrap().to_owned();
     (server, address)
+}
+
+/// A connection that has shaken hands, for one who speaks HTTP as he likes.
+async fn secure(host: &str, ca: &Path) -> TlsStream<TcpStream> {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(ca).unwrap()).unwrap();
+    let config = ClientConfig::builder_with_provider(Arc::new(rustls_graviola::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let stream = TcpStream::connect(host).await.unwrap();
+    let name = ServerName::try_from("127.0.0.1").unwrap();
+    TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap()
 }
 
 async fn doctor(address: &str, options: &[&std::ffi::OsStr]) -> Finished {
@@ -97,6 +117,37 @@ async fn clients_verify_a_server_and_one_that_goes_slowly_is_cut_off() {
     assert!(!engine_finding(&ended).contains("cannot be reached"), "{}", ended.stdout);
     let ended = doctor(&address, &[]).await;
     assert!(engine_finding(&ended).contains("--tls-ca"), "{}", ended.stdout);
+}
+
+#[tokio::test]
+async fn a_head_that_trickles_inside_tls_is_cut_off() {
+    let job = Job::new(PROGRAM, 1, 1);
+    let files = Certificates::make(job.path("").as_path());
+    let (_server, address) = serve(&job, &files).await;
+    let mut stream = secure(address.strip_prefix("https://").unwrap(), &files.ca).await;
+    let started = Instant::now();
+    stream.write_all(b"GET /v1/metas HTTP/1.1\r\nhost: ps\r\n").await.unwrap();
+    // Each header comes in time for one that counts from the last byte.
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    let trickle = async {
+        let mut each = tokio::time::interval(Duration::from_millis(500));
+        loop {
+            each.tick().await;
+            if writer.write_all(b"x-more: 1\r\n").await.is_err() || writer.flush().await.is_err() {
+                // The connection is closed; the other half says so as well.
+                std::future::pending::<()>().await;
+            }
+        }
+    };
+    let mut answer = Vec::new();
+    tokio::select! {
+        () = trickle => {}
+        // However it ends: with an answer or without, with a farewell of TLS or a reset.
+        _ = reader.read_to_end(&mut answer) => {}
+        () = tokio::time::sleep(LONG) => panic!("it was not cut off"),
+    }
+    assert!(started.elapsed() > Duration::from_secs(4), "it was cut off for another reason: {answer:?}");
+    assert!(!answer.starts_with(b"HTTP/1.1 2"), "{}", String::from_utf8_lossy(&answer));
 }
 
 #[tokio::test]

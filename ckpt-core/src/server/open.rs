@@ -12,7 +12,7 @@ use crate::{
     error::{Error, ErrorKind, Key, Result},
     plan::PlanLimits,
     topology::{Accelerators, devices_of_rank},
-    transport::{AUTO, Registry, Requirement, Transport, TransportConfig},
+    transport::{AUTO, Capability, Registry, Requirement, Transport, TransportConfig},
 };
 
 /// What a rank needs for reading other ranks' memory.
@@ -93,7 +93,12 @@ pub async fn open(options: OpenOptions, registry: &Registry) -> Result<Opened> {
     let reader =
         open_reader(reader, reading, transport.clone(), config, !cluster.is_single_host(), registry)?;
     if tls {
-        warn_of_clear_text([&*transport, &*reader]);
+        for transport in clear_text([&transport, &reader].map(|it| (it.name(), it.capability()))) {
+            tracing::warn!(
+                transport,
+                "weights cross the network in clear text: this transport has no TLS; tcp has"
+            );
+        }
     }
     tracing::info!(rank = cluster.rank, transport = name, device = device.kind(), "joined the job");
     let numbering = cluster.local_world_size.map(|ranks| Accelerators {
@@ -112,20 +117,12 @@ pub async fn open(options: OpenOptions, registry: &Registry) -> Result<Opened> {
     Ok(Opened { job, server, transport: name })
 }
 
-/// TLS covers what the ranks say to each other; not every transport can put weights into it.
-fn warn_of_clear_text(transports: [&dyn Transport; 2]) {
-    let clear = transports.into_iter().filter(|transport| {
-        let can = transport.capability();
-        can.across_hosts && !can.encrypts
-    });
-    let mut names: Vec<_> = clear.map(|transport| transport.name()).collect();
+/// Those that carry weights between hosts outside of TLS, which covers only what the ranks say to each other.
+fn clear_text(transports: [(&'static str, Capability); 2]) -> Vec<&'static str> {
+    let clear = transports.into_iter().filter(|(_, can)| can.across_hosts && !can.encrypts);
+    let mut names: Vec<_> = clear.map(|(name, _)| name).collect();
     names.dedup();
-    for name in names {
-        tracing::warn!(
-            transport = name,
-            "weights cross the network in clear text: this transport has no TLS; tcp has"
-        );
-    }
+    names
 }
 
 /// The names of what broadcasts and of what reads.
@@ -191,4 +188,27 @@ pub fn address_towards(host: &str, port: u16) -> Result<IpAddr> {
         .with(Key::Endpoint, format!("{host}:{port}"))
         .caused_by(error)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transports_that_leave_the_host_outside_of_tls_are_named_once() {
+        let can = |across_hosts, encrypts| Capability {
+            collective: true,
+            one_sided: true,
+            one_sided_write: true,
+            across_processes: true,
+            across_hosts,
+            encrypts,
+            devices: &["host"],
+        };
+        let [inside, clear, secure] = [can(false, false), can(true, false), can(true, true)];
+        assert_eq!(clear_text([("nccl", clear), ("nccl", clear)]), ["nccl"]);
+        assert_eq!(clear_text([("local", inside), ("rdma", clear)]), ["rdma"]);
+        assert_eq!(clear_text([("nccl", clear), ("rdma", clear)]), ["nccl", "rdma"]);
+        assert!(clear_text([("local", inside), ("tcp", secure)]).is_empty());
+    }
 }
