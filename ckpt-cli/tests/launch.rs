@@ -70,7 +70,7 @@ fn output_is_tagged_on_request_and_the_report_is_the_last_line() {
 #[test]
 fn sigterm_reaches_the_ranks() {
     let dir = tempfile::tempdir().unwrap();
-    let script = "trap 'touch $DIR/term$RANK; exit 5' TERM; touch $DIR/up$RANK; while :; do sleep 0.05; done";
+    let script = "sleep 600 & trap 'kill $!; touch $DIR/term$RANK; exit 5' TERM; : >$DIR/up$RANK; wait";
     let launcher = launch(2, dir.path(), &[], script).spawn().unwrap();
     until(|| dir.path().join("up0").exists() && dir.path().join("up1").exists());
     send(&launcher, Signal::TERM);

@@ -12,7 +12,7 @@ use ckpt_core::{
         Cluster, Exchange, Latency, LinkKind, NodeGroup, Placement, Prediction, Scenario, WorkerCosts,
         predict, spread,
     },
-    types::TensorMeta,
+    types::{DType, TensorMeta},
 };
 use proptest::prelude::*;
 
@@ -124,6 +124,66 @@ fn a_slow_link_decides() {
 }
 
 #[test]
+fn bytes_of_one_root_take_one_rail_and_those_of_several_take_several() {
+    // Two nodes of two ranks with a slow NIC each.
+    let two_nodes = |exchange| {
+        let mut cluster = h200(2);
+        cluster.exchange = exchange;
+        let group = &mut cluster.nodes[0];
+        (group.count, group.nics, group.nic_gb_per_s) = (2, 2, 0.025);
+        cluster
+    };
+    let nics_of = |made: &Prediction, kind| -> Vec<(u32, u32, u64)> {
+        made.links.iter().filter(|l| l.kind == kind).map(|l| (l.node, l.index, l.bytes)).collect()
+    };
+    // A large tensor has one owner.
+    let bytes = 64 << 20;
+    let large = TensorMeta::new("large", DType::U8, [bytes]).unwrap();
+    let plan = broadcast([large], 4);
+    let [rails, tree] = [Exchange::Rails, Exchange::Tree].map(|kind| of(&two_nodes(kind), &plan, None));
+    assert!((0.99..1.1).contains(&(rails.transfer_s / (bytes as f64 / 25e6))), "{}", rails.transfer_s);
+    assert!(
+        (1.9..2.1).contains(&(rails.transfer_s / tree.transfer_s)),
+        "{} {}",
+        rails.transfer_s,
+        tree.transfer_s
+    );
+    let [(from, rail, out)] = nics_of(&rails, LinkKind::NicOut)[..] else { panic!("{:?}", rails.links) };
+    assert_eq!(out, bytes);
+    assert_eq!(nics_of(&rails, LinkKind::NicIn), [(1 - from, rail, bytes)]);
+
+    // Many tensors are spread over the owners, and so over the NICs; not each bucket evenly.
+    let plan = broadcast(generate::qwen_shaped(bytes), 4);
+    let [rails, tree] = [Exchange::Rails, Exchange::Tree].map(|kind| of(&two_nodes(kind), &plan, None));
+    assert!(
+        (1.0..1.9).contains(&(rails.transfer_s / tree.transfer_s)),
+        "{} {}",
+        rails.transfer_s,
+        tree.transfer_s
+    );
+    assert_eq!(nics_of(&rails, LinkKind::NicOut).len(), 4);
+    let sum =
+        |made: &Prediction| nics_of(made, LinkKind::NicIn).iter().map(|(_, _, bytes)| bytes).sum::<u64>();
+    assert!(sum(&rails).abs_diff(sum(&tree)) < 8, "each byte enters the other node once");
+}
+
+#[test]
+fn without_equal_nodes_there_are_no_rails() {
+    let uneven = |exchange| {
+        let mut cluster = h200(2);
+        cluster.exchange = exchange;
+        (cluster.nodes[0].nics, cluster.nodes[0].nic_gb_per_s) = (2, 1.0);
+        let other = NodeGroup { devices: 1, nics: 1, ..cluster.nodes[0].clone() };
+        cluster.nodes.push(other);
+        cluster
+    };
+    let plan = broadcast(generate::qwen_shaped(64 << 20), 3);
+    let worker = Some(WorkerCosts::NATIVE);
+    let [rails, tree] = [Exchange::Rails, Exchange::Tree].map(|kind| of(&uneven(kind), &plan, worker));
+    assert_eq!((rails.total_s, rails.links), (tree.total_s, tree.links));
+}
+
+#[test]
 fn a_join_is_as_slow_as_its_link() {
     let mut cluster = h200(2);
     cluster.exchange = Exchange::Star;
@@ -174,12 +234,12 @@ proptest! {
         mib in 1_u64..2000,
         nodes in 1_u32..4,
         devices in 1_u32..5,
-        star: bool,
+        exchange in prop::sample::select(vec![Exchange::Tree, Exchange::Rails, Exchange::Star]),
         pulled: bool,
         nics in 1_u32..3,
     ) {
         let mut cluster = h200(devices);
-        cluster.exchange = if star { Exchange::Star } else { Exchange::Tree };
+        cluster.exchange = exchange;
         let group = &mut cluster.nodes[0];
         (group.count, group.nics, group.nic_gb_per_s) = (nodes, nics, 1.0);
         let ranks = cluster.devices();

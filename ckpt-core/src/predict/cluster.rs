@@ -35,8 +35,11 @@ pub enum Exchange {
     /// Each byte enters a node once, over all its NICs, and goes on from device to device: `nccl`.
     #[default]
     Tree,
-    /// The same by copy engines, without kernels that wait beside the workers: `cuda-ipc`, on one node.
+    /// By copy engines, without kernels that wait beside the workers: `cuda` on one node.
     Copy,
+    /// Copies inside nodes; each byte enters a node once, over the NIC of the device with its root's number: `cuda` on
+    /// several nodes with equally many ranks each, else as [`Exchange::Tree`].
+    Rails,
     /// The owner sends to each member over its own NIC: `tcp` and `local`.
     Star,
 }

@@ -93,6 +93,38 @@ impl<'a> Network<'a> {
         self.group(self.by_node[&node][0])
     }
 
+    /// Whether bytes between nodes take the NIC of their root's number.
+    fn has_rails(&self) -> bool {
+        let mut counts = self.by_node.values().map(Vec::len);
+        let first = counts.next().unwrap_or(0);
+        self.scenario.cluster.exchange == Exchange::Rails
+            && self.by_node.len() > 1
+            && first > 1
+            && counts.all(|count| count == first)
+    }
+
+    /// Whether kernels that wait for other ranks run beside the workers.
+    pub(super) fn has_kernels(&self) -> bool {
+        match self.scenario.cluster.exchange {
+            Exchange::Tree => self.member_count() > 1,
+            Exchange::Rails => self.by_node.len() > 1 && !self.has_rails(),
+            Exchange::Copy | Exchange::Star => false,
+        }
+    }
+
+    /// What each NIC of a node sends and receives of bytes that are rooted like this, where there are rails.
+    fn over_rails(&self, node: u32, rooted: impl Fn(&Slot) -> u64) -> BTreeMap<u32, (u64, u64)> {
+        let mut over: BTreeMap<u32, (u64, u64)> = BTreeMap::new();
+        for (index, slot) in self.by_node[&node].iter().enumerate() {
+            let own = rooted(slot);
+            let all: u64 = self.by_node.values().map(|members| rooted(&members[index])).sum();
+            let (out, into) = over.entry(slot.nic.unwrap_or(0)).or_default();
+            *out += own;
+            *into += all - own;
+        }
+        over
+    }
+
     pub(super) fn member_count(&self) -> u64 {
         self.scenario.plan.members.len() as u64
     }
@@ -111,7 +143,7 @@ impl<'a> Network<'a> {
             *of_node.entry(slot.node).or_default() += segment.len_bytes;
         }
         let total: u64 = of_node.values().sum();
-        let several = self.by_node.len() > 1;
+        let (several, rails) = (self.by_node.len() > 1, self.has_rails());
         let mut worst = 0.0_f64;
         // A node without roots stands for all such nodes of its group.
         let mut seen = vec![false; self.scenario.cluster.nodes.len()];
@@ -126,7 +158,9 @@ impl<'a> Network<'a> {
             let least_own = members.iter().map(own).min().unwrap_or(0);
             let most_own = members.iter().map(own).max().unwrap_or(0);
             let (into_device, among) = match self.scenario.cluster.exchange {
-                Exchange::Tree | Exchange::Copy => (total - least_own, count * total - rooted),
+                Exchange::Tree | Exchange::Copy | Exchange::Rails => {
+                    (total - least_own, count * total - rooted)
+                }
                 Exchange::Star => ((rooted - least_own).max(most_own * (count - 1)), rooted * (count - 1)),
             };
             if count > 1 {
@@ -134,7 +168,11 @@ impl<'a> Network<'a> {
             }
             if several {
                 worst = worst.max(match self.scenario.cluster.exchange {
-                    Exchange::Tree | Exchange::Copy => {
+                    Exchange::Rails if rails => {
+                        let over = self.over_rails(*node, own).into_values();
+                        over.map(|(out, into)| out.max(into)).max().unwrap_or(0) as f64 / group.nic_rate()
+                    }
+                    Exchange::Tree | Exchange::Copy | Exchange::Rails => {
                         rooted.max(total - rooted) as f64 / (group.nic_rate() * f64::from(group.nics))
                     }
                     Exchange::Star => {
@@ -171,20 +209,21 @@ impl<'a> Network<'a> {
                 *bytes.entry((kind, node, index)).or_default() += more;
             }
         };
-        let several = self.by_node.len() > 1;
+        let (several, rails) = (self.by_node.len() > 1, self.has_rails());
         for (node, members) in &self.by_node {
             let group = self.group_of_node(*node);
             let of_node = of_node.get(node).copied().unwrap_or(0);
             let others = self.member_count() - members.len() as u64;
+            let of_slot = |slot: &Slot| own.get(&(slot.node, slot.local)).copied().unwrap_or(0);
             for slot in members {
-                let own = own.get(&(slot.node, slot.local)).copied().unwrap_or(0);
+                let own = of_slot(slot);
                 add(LinkKind::H2d, *node, slot.local, own);
                 let nic = slot.nic.unwrap_or(0);
                 match self.scenario.cluster.exchange {
-                    Exchange::Tree | Exchange::Copy if self.member_count() > 1 => {
-                        add(LinkKind::DeviceIn, *node, slot.local, total - own);
+                    Exchange::Tree | Exchange::Copy | Exchange::Rails => {
+                        let more = if self.member_count() > 1 { total - own } else { 0 };
+                        add(LinkKind::DeviceIn, *node, slot.local, more);
                     }
-                    Exchange::Tree | Exchange::Copy => {}
                     Exchange::Star => {
                         add(LinkKind::DeviceIn, *node, slot.local, of_node - own);
                         if several {
@@ -194,7 +233,12 @@ impl<'a> Network<'a> {
                     }
                 }
             }
-            if several && self.scenario.cluster.exchange != Exchange::Star {
+            if rails {
+                for (nic, (out, into)) in self.over_rails(*node, of_slot) {
+                    add(LinkKind::NicOut, *node, nic, out);
+                    add(LinkKind::NicIn, *node, nic, into);
+                }
+            } else if several && self.scenario.cluster.exchange != Exchange::Star {
                 for nic in 0..group.nics {
                     add(LinkKind::NicOut, *node, nic, of_node / u64::from(group.nics));
                     add(LinkKind::NicIn, *node, nic, (total - of_node) / u64::from(group.nics));

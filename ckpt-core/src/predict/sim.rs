@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{
-    Bound, Exchange, Prediction, Scenario, Span, Step, WorkerCosts,
+    Bound, Prediction, Scenario, Span, Step, WorkerCosts,
     links::Network,
     pulls::{Pulled, Pulls},
 };
@@ -156,9 +156,7 @@ impl<'a> Sim<'a> {
             return;
         };
         let tensors: u64 = of.segments.iter().map(|s| u64::from(s.tensors.end - s.tensors.start)).sum();
-        let kernels =
-            self.network.member_count() > 1 && self.network.scenario.cluster.exchange == Exchange::Tree;
-        let fixed = fixed_seconds(&worker, tensors, kernels);
+        let fixed = fixed_seconds(&worker, tensors, self.network.has_kernels());
         for number in 0..self.classes.len() {
             let class = &mut self.classes[number];
             let start = class.acked.max(exchanged).max(worker.open_ms / 1e3);

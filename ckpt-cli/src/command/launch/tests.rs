@@ -34,7 +34,8 @@ fn plan(args: &[&str]) -> LaunchPlan {
     plan_in(args, &[]).unwrap()
 }
 
-/// `ranks` shells that run `script`, which may use `$DIR`.
+/// `ranks` shells that run `script`, which may use `$DIR`. A script that traps signals must spend its time in `wait`: dash
+/// forgets a signal that comes while it starts a command (0.5.12, `onsig`).
 fn shells(ranks: u32, grace: u32, dir: &Path, script: &str) -> LaunchPlan {
     let script = format!("DIR='{}'; {script}", dir.display());
     plan(&["--nproc-per-node", &ranks.to_string(), "--grace", &grace.to_string(), "--", "sh", "-c", &script])
@@ -144,7 +145,7 @@ async fn one_failure_ends_all_with_its_code() {
         20,
         dir.path(),
         "if [ $RANK = 1 ]; then while [ ! -e $DIR/up0 ] || [ ! -e $DIR/up2 ]; do sleep 0.02; done; exit 7; fi
-         trap 'touch $DIR/cleaned$RANK; exit 0' TERM; touch $DIR/up$RANK; while :; do sleep 0.05; done",
+         sleep 600 & trap 'kill $!; touch $DIR/cleaned$RANK; exit 0' TERM; : >$DIR/up$RANK; wait",
     );
     let (_keep, signals) = no_signals();
     let failure = supervise::run(&plan, false, signals).await.unwrap().unwrap();
@@ -178,7 +179,7 @@ async fn who_ignores_sigterm_is_killed_after_the_grace_period_with_all_it_starte
 #[tokio::test]
 async fn signals_are_passed_on_and_a_second_one_kills() {
     let dir = tempfile::tempdir().unwrap();
-    let script = "trap 'touch $DIR/int$RANK; exit 0' INT; touch $DIR/up$RANK; while :; do sleep 0.05; done";
+    let script = "sleep 600 & trap 'kill $!; touch $DIR/int$RANK; exit 0' INT; : >$DIR/up$RANK; wait";
     let plan = shells(2, 20, dir.path(), script);
     let (sender, signals) = no_signals();
     let press = async {
