@@ -273,19 +273,22 @@ async fn ring_group_and_context_are_told_apart() {
             looked.updates.push(watch.after().unwrap());
         }
     }
+    // A block is a whole number of pages.
+    let ring_bytes = ring_bytes.next_multiple_of(2 << 20);
     for looked in looked {
         assert_eq!(
             looked.usage(1, false),
             DeviceUsage {
-                // A block is a whole number of pages.
-                ring_bytes: ring_bytes.next_multiple_of(2 << 20),
+                ring_bytes,
                 ring_measured: true,
                 group_bytes: Some(fake::GROUP_BYTES),
                 context_bytes: Some(fake::CONTEXT_BYTES),
             },
             "{looked:?}"
         );
-        assert_eq!(looked.updates[0].before - looked.updates[0].after, fake::GROUP_BYTES + WORKERS);
+        // The other rank may still hold the ring when the update returns.
+        let taken = looked.updates[0].before - looked.updates[0].after;
+        assert!([0, ring_bytes].contains(&(taken - fake::GROUP_BYTES - WORKERS)), "{looked:?}");
     }
 }
 
