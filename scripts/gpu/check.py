@@ -483,6 +483,7 @@ def footprint(processes):
     for process in processes:
         with open(f"/proc/{process.pid}/status") as file:
             status = dict(line.split(":", 1) for line in file)
+        expect("VmRSS" in status, "a process ended before it was looked at; make more UPDATES")
         files = len(os.listdir(f"/proc/{process.pid}/fd"))
         found.append((int(status["VmRSS"].split()[0]) >> 10, files, int(status["Threads"])))
     return found
