@@ -134,8 +134,12 @@ impl EventState for Flying {
         self.look()
     }
 
+    fn done_now(&self) -> Option<Result<()>> {
+        (self.small && self.arrives_soon()).then_some(Ok(()))
+    }
+
     async fn done(&self, deadline: Instant) -> Result<()> {
-        if self.small && self.arrives_soon() || self.look()? {
+        if self.look()? {
             return Ok(());
         }
         self.connection.attend();

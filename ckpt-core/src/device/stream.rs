@@ -78,6 +78,11 @@ pub trait EventState: Send + Sync + fmt::Debug {
     fn is_complete(&self) -> Result<bool>;
     /// Waits until it has completed, at most until `deadline`. Cancel safe.
     async fn done(&self, deadline: Instant) -> Result<()>;
+    /// What `done` would answer at once; `None` if it would wait. For work that is so short that a wait's allocation
+    /// counts. Promises all that `done` does: more than [`Self::is_complete`] may.
+    fn done_now(&self) -> Option<Result<()>> {
+        None
+    }
     /// The state as [`std::any::Any`], so that a backend recognises its own events in [`Stream::wait`].
     fn as_any(&self) -> &dyn std::any::Any;
 }
@@ -99,8 +104,15 @@ impl Event {
 
     /// See [`EventState::done`].
     pub async fn done(&self, deadline: Instant) -> Result<()> {
-        // Short work may be over already; a wait allocates.
-        if self.0.is_complete()? { Ok(()) } else { self.0.done(deadline).await }
+        match self.0.done_now() {
+            Some(outcome) => outcome,
+            None => self.0.done(deadline).await,
+        }
+    }
+
+    /// See [`EventState::done_now`].
+    pub fn done_now(&self) -> Option<Result<()>> {
+        self.0.done_now()
     }
 
     /// The backend's own state, if this event is one of type `T`.

@@ -55,6 +55,10 @@ impl EventState for Later {
         }
     }
 
+    fn done_now(&self) -> Option<Result<()>> {
+        self.outcome.borrow().clone()
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }
@@ -101,6 +105,14 @@ impl<F: Fn(&Result<()>) + Send + Sync + 'static> EventState for Observed<F> {
         let still_runs = outcome.is_err() && matches!(self.inner.is_complete(), Ok(false));
         if !still_runs {
             (self.seen)(&outcome);
+        }
+        outcome
+    }
+
+    fn done_now(&self) -> Option<Result<()>> {
+        let outcome = self.inner.done_now();
+        if let Some(outcome) = &outcome {
+            (self.seen)(outcome);
         }
         outcome
     }
