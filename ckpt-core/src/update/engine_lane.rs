@@ -57,6 +57,9 @@ struct State {
 /// that it is silent would take as long as it did the first time.
 const LAST_TRY: Duration = Duration::from_secs(1);
 
+/// For one request that resumes an engine, of which several may be sent until the deadline: resuming twice does no harm.
+const RESUME_TRY: Duration = Duration::from_secs(10);
+
 pub(super) struct EngineLane {
     call: EngineCall,
     rank: Rank,
@@ -148,8 +151,17 @@ impl EngineLane {
         }
         let lost = self.state.lost.load(Ordering::Acquire);
         let limit = if lost { LAST_TRY } else { deadlines.release };
-        let resumed = engine.resume(Instant::now() + limit).await;
-        resumed.map_err(|e| e.with(Key::Rank, rank))
+        let over = Instant::now() + limit;
+        loop {
+            let attempt = over.min(Instant::now() + RESUME_TRY);
+            match engine.resume(attempt).await {
+                // A connection that went dead without a word; another one may be answered.
+                Err(error) if error.kind() == ErrorKind::Timeout && attempt < over => {
+                    tracing::warn!(%error, rank, "resuming the engine is tried again");
+                }
+                resumed => return resumed.map_err(|e| e.with(Key::Rank, rank)),
+            }
+        }
     }
 }
 
