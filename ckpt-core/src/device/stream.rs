@@ -110,11 +110,6 @@ impl Event {
         }
     }
 
-    /// See [`EventState::done_now`].
-    pub fn done_now(&self) -> Option<Result<()>> {
-        self.0.done_now()
-    }
-
     /// The backend's own state, if this event is one of type `T`.
     pub fn downcast<T: 'static>(&self) -> Option<&T> {
         self.0.as_any().downcast_ref()
