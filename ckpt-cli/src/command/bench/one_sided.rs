@@ -30,21 +30,33 @@ struct Slots<'a> {
     depth: u64,
 }
 
+/// Messages that are ready to be posted.
+enum Batch {
+    Read(Vec<ReadOp>),
+    Write(Vec<WriteOp>),
+}
+
 impl Slots<'_> {
-    /// Posts a message on each of these slots.
-    fn post(&self, slots: Range<u64>, deadline: Instant) -> Result<Event> {
+    /// A message on each of these slots.
+    fn batch(&self, slots: Range<u64>) -> Result<Batch> {
+        let places = slots.map(|slot| self.place(slot));
         let region = || self.region.clone();
-        match self.way {
+        Ok(match self.way {
             Way::Read => {
                 let op = |(offset, into)| ReadOp { region: region(), offset, into };
-                let ops = slots.map(|slot| self.place(slot).map(op)).collect::<Result<_>>()?;
-                self.facet.post_read(ops, deadline)
+                Batch::Read(places.map(|place| place.map(op)).collect::<Result<_>>()?)
             }
             Way::Write => {
                 let op = |(offset, from)| WriteOp { region: region(), offset, from };
-                let ops = slots.map(|slot| self.place(slot).map(op)).collect::<Result<_>>()?;
-                self.facet.post_write(ops, deadline)
+                Batch::Write(places.map(|place| place.map(op)).collect::<Result<_>>()?)
             }
+        })
+    }
+
+    fn post(&self, batch: Batch, deadline: Instant) -> Result<Event> {
+        match batch {
+            Batch::Read(ops) => self.facet.post_read(ops, deadline),
+            Batch::Write(ops) => self.facet.post_write(ops, deadline),
         }
     }
 
@@ -64,7 +76,8 @@ impl Slots<'_> {
             while posted < messages && flying.len() < self.depth.min(2) as usize {
                 let count = stretch.min(messages - posted);
                 let now = Instant::now();
-                flying.push_back((self.post(posted..posted + count, deadline)?, now, count));
+                let event = self.post(self.batch(posted..posted + count)?, deadline)?;
+                flying.push_back((event, now, count));
                 posted += count;
             }
             let Some((event, since, count)) = flying.pop_front() else { break };
@@ -151,8 +164,10 @@ impl Bench {
             (part.seconds, part.fastest) = (seconds, Some(fastest));
             let deadline = self.deadline();
             for number in 0..warmup + iters {
+                // As perftest does, which prepares its work requests before.
+                let batch = slots.batch(0..1)?;
                 let started = Instant::now();
-                slots.post(0..1, deadline)?.done(deadline).await?;
+                slots.post(batch, deadline)?.done(deadline).await?;
                 if number >= warmup {
                     part.latencies.push(started.elapsed().as_secs_f64());
                 }
@@ -173,7 +188,7 @@ impl Bench {
             self.exchange(&()).await?;
             if works {
                 let deadline = self.deadline();
-                slots.post(0..count, deadline)?.done(deadline).await?;
+                slots.post(slots.batch(0..count)?, deadline)?.done(deadline).await?;
             }
             self.exchange(&()).await?;
             part.wrong_bytes = match (way, lent) {
