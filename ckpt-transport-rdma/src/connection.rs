@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -34,15 +34,36 @@ use crate::{
 type Waiting = Arc<Mutex<Option<HashMap<u32, oneshot::Sender<Result<()>>>>>>;
 
 pub(crate) struct Connection {
+    pub(crate) peer: Peer,
     pub(crate) lanes: Vec<Arc<Lane>>,
-    /// Cancelled when the owner's side of the TCP connection has ended.
-    pub(crate) lost: CancellationToken,
+    /// Those of `lanes`.
+    pub(crate) nics: Vec<Arc<Nic>>,
+    pub(crate) lost: Lost,
     writer: tokio::sync::Mutex<OwnedWriteHalf>,
     waiting: Waiting,
     known: Arc<Known>,
     number: AtomicU32,
     turn: AtomicUsize,
     listening: AbortHandle,
+}
+
+/// Whether the owner's side of the TCP connection has ended. Each batch asks, so that it does not take a token's lock.
+#[derive(Clone, Default)]
+pub(crate) struct Lost(Arc<(AtomicBool, CancellationToken)>);
+
+impl Lost {
+    pub(crate) fn tell(&self) {
+        self.0.0.store(true, Ordering::Release);
+        self.0.1.cancel();
+    }
+
+    pub(crate) fn is_told(&self) -> bool {
+        self.0.0.load(Ordering::Acquire)
+    }
+
+    pub(crate) async fn told(&self) {
+        self.0.1.cancelled().await;
+    }
 }
 
 /// A queue pair that is being connected.
@@ -72,13 +93,20 @@ impl Connection {
         }
         let lanes = finish(node, drafts, answers).await?;
         let (reader, writer) = stream.into_split();
-        let (waiting, lost): (Waiting, _) =
-            (Arc::new(Mutex::new(Some(HashMap::new()))), CancellationToken::new());
+        let (waiting, lost): (Waiting, _) = (Arc::new(Mutex::new(Some(HashMap::new()))), Lost::default());
         let known = Arc::new(Known::default());
         let listening =
             tokio::spawn(listen(reader, waiting.clone(), known.clone(), lost.clone())).abort_handle();
+        let mut nics: Vec<Arc<Nic>> = Vec::new();
+        for lane in &lanes {
+            if !nics.iter().any(|nic| Arc::ptr_eq(nic, &lane.nic)) {
+                nics.push(lane.nic.clone());
+            }
+        }
         let connection = Self {
+            peer,
             lanes,
+            nics,
             lost,
             writer: tokio::sync::Mutex::new(writer),
             waiting,
@@ -93,7 +121,7 @@ impl Connection {
 
     /// Whether new reads may use it: all lanes are good. One that lost a lane is replaced.
     pub(crate) fn is_usable(&self) -> bool {
-        !self.lost.is_cancelled() && self.lanes.iter().all(|lane| lane.is_open())
+        !self.lost.is_told() && self.lanes.iter().all(|lane| lane.is_open())
     }
 
     /// Whether the owner has said that `claims` hold, and not that it has released one since. That makes sure whose memory
@@ -101,6 +129,11 @@ impl Connection {
     pub(crate) fn knows(&self, claims: &[Claim]) -> bool {
         let known = self.known.lock();
         claims.iter().all(|claim| known.get(&key_of(claim)).is_some_and(|end| claim.end <= *end))
+    }
+
+    /// Rises when the owner has released a region: what was known before may be over.
+    pub(crate) fn releases(&self) -> u64 {
+        self.known.releases.load(Ordering::Acquire)
     }
 
     /// Makes sure that `claims` hold.
@@ -150,29 +183,21 @@ impl Connection {
         lanes
     }
 
-    /// One lane that still works, another one each time.
-    pub(crate) fn next_lane(&self) -> Option<&Arc<Lane>> {
+    /// Which lane to take that still works, another one each time.
+    pub(crate) fn next_lane(&self) -> Option<usize> {
         let turn = self.turn.fetch_add(1, Ordering::Relaxed) % self.lanes.len().max(1);
-        let (before, after) = self.lanes.split_at_checked(turn)?;
-        after.iter().chain(before).find(|lane| lane.is_open())
+        let (before, after) = (0..turn, turn..self.lanes.len());
+        after.chain(before).find(|lane| self.lanes[*lane].is_open())
     }
 
     /// Polls for whoever waits.
     pub(crate) fn help(&self) {
-        self.each_nic(|nic| nic.help());
+        self.nics.iter().for_each(|nic| nic.help(&self.lanes));
     }
 
     /// Nobody polls for what flies here: the devices' threads must.
     pub(crate) fn attend(&self) {
-        self.each_nic(|nic| nic.attend());
-    }
-
-    fn each_nic(&self, mut act: impl FnMut(&Nic)) {
-        for (index, lane) in self.lanes.iter().enumerate() {
-            if !self.lanes[..index].iter().any(|earlier| Arc::ptr_eq(&earlier.nic, &lane.nic)) {
-                act(&lane.nic);
-            }
-        }
+        self.nics.iter().for_each(|nic| nic.attend());
     }
 
     /// Ends all lanes; reads in flight fail.
@@ -202,14 +227,17 @@ impl Whole<'_> {
 impl Drop for Whole<'_> {
     fn drop(&mut self) {
         if !self.done {
-            self.connection.lost.cancel();
+            self.connection.lost.tell();
         }
     }
 }
 
 /// What the owner has said of its regions: how far each reaches, by generation, address, and whether it may be written.
 #[derive(Default)]
-struct Known(Mutex<BTreeMap<(u64, u64, bool), u64>>);
+struct Known {
+    ends: Mutex<BTreeMap<(u64, u64, bool), u64>>,
+    releases: AtomicU64,
+}
 
 fn key_of(claim: &Claim) -> (u64, u64, bool) {
     (claim.generation, claim.address, claim.write)
@@ -218,12 +246,18 @@ fn key_of(claim: &Claim) -> (u64, u64, bool) {
 impl Known {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<(u64, u64, bool), u64>> {
         // Each change under this lock is one call.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Without a generation all are meant.
+    fn forget(&self, generation: Option<u64>) {
+        self.lock().retain(|key, _| generation.is_some_and(|generation| key.0 != generation));
+        self.releases.fetch_add(1, Ordering::Release);
     }
 }
 
 /// Hands answers to those who wait, until the connection ends.
-async fn listen(mut reader: OwnedReadHalf, waiting: Waiting, known: Arc<Known>, lost: CancellationToken) {
+async fn listen(mut reader: OwnedReadHalf, waiting: Waiting, known: Arc<Known>, lost: Lost) {
     loop {
         match receive::<Answer>(&mut reader).await {
             Ok(Answer::Checked(number, outcome)) => {
@@ -232,14 +266,13 @@ async fn listen(mut reader: OwnedReadHalf, waiting: Waiting, known: Arc<Known>, 
                 // Nobody waits for the answer to a read that has timed out.
                 sender.map(|sender| sender.send(outcome));
             }
-            Ok(Answer::Released(None)) => known.lock().clear(),
-            Ok(Answer::Released(Some(generation))) => known.lock().retain(|key, _| key.0 != generation),
+            Ok(Answer::Released(generation)) => known.forget(generation),
             Ok(Answer::Connected(_)) => {}
             Err(error) => {
                 tracing::debug!(%error, "an owner left");
                 let unanswered = waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
                 drop(unanswered);
-                return lost.cancel();
+                return lost.tell();
             }
         }
     }

@@ -3,7 +3,10 @@
 
 use std::{
     any::Any,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{
+        Arc, OnceLock, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -11,65 +14,77 @@ use async_trait::async_trait;
 use ckpt_core::{
     Result,
     device::{Event, EventState},
+    transport::Way,
 };
 
 use crate::{
+    batch::Batch,
     connection::Connection,
     ending::{Completion, Ended},
-    lane::Batch,
-    mover::{self, Flight, Job},
-    node::{Node, Peer},
+    mover,
+    node::Node,
 };
 
 /// Who waits for a batch of at most so many bytes polls the device itself for a while: being woken takes longer.
 const POLLED_BYTES: u64 = 64 << 10;
 const POLLED_TIME: Duration = Duration::from_micros(200);
 
-pub(crate) fn event(node: Arc<Node>, peer: Peer, job: Job, flight: Flight, deadline: Instant) -> Event {
-    let bytes: u64 = job.transfers.iter().map(|(transfer, _)| transfer.memory.len_bytes()).sum();
-    let Flight { connection, batch } = flight;
-    let small = bytes <= POLLED_BYTES;
-    if !small {
-        connection.attend();
-    }
-    let (unattended, completion) = (Mutex::new(Some((peer, job))), OnceLock::new());
-    Event::new(Flying { node, connection, batch, small, deadline, unattended, completion })
-}
-
-struct Flying {
+/// Whoever waits for a batch that went to the devices at once.
+pub(crate) struct Flight {
     node: Arc<Node>,
-    connection: Arc<Connection>,
-    batch: Arc<Batch>,
+    pub(crate) connection: Arc<Connection>,
     small: bool,
     deadline: Instant,
-    /// Until a task has it.
-    unattended: Mutex<Option<(Peer, Job)>>,
+    /// For the task that takes it over.
+    batch: Weak<Batch<Self>>,
+    /// Such a task is there.
+    attended: AtomicBool,
     /// What that task tells. Made when it is needed.
     completion: OnceLock<Arc<Completion>>,
 }
 
-impl std::fmt::Debug for Flying {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Flying").field("batch", &self.batch).finish_non_exhaustive()
-    }
+/// A batch of so many parts and bytes that is about to go to the devices.
+pub(crate) fn batch(
+    node: &Arc<Node>,
+    connection: Arc<Connection>,
+    way: Way,
+    parts: usize,
+    bytes: u64,
+    deadline: Instant,
+) -> Arc<Batch<Flight>> {
+    let small = bytes <= POLLED_BYTES;
+    Arc::new_cyclic(|batch| {
+        let (attended, completion) = (AtomicBool::new(false), OnceLock::new());
+        let (node, batch) = (node.clone(), batch.clone());
+        Batch::new(way, parts, Flight { node, connection, small, deadline, batch, attended, completion })
+    })
 }
 
-impl Flying {
+/// The event of a batch that the devices have now.
+pub(crate) fn event(batch: Arc<Batch<Flight>>) -> Event {
+    if !batch.waiter.small {
+        batch.waiter.connection.attend();
+    }
+    Event::shared(batch)
+}
+
+impl Batch<Flight> {
     /// Hands the batch to a task, which tries again what failed and keeps the deadline. Answers what the task tells.
     fn attend(&self) -> &Completion {
-        let mut unattended = self.unattended.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some((peer, job)) = unattended.take() else {
-            // Whoever took it made it, under this lock.
-            return self.completion.get_or_init(Arc::default);
-        };
-        let completion = self.completion.get_or_init(|| Arc::new(Completion::new(job.way.operation())));
-        let ended = Ended(completion.clone());
-        let flight = Flight { connection: self.connection.clone(), batch: self.batch.clone() };
-        let (node, deadline) = (self.node.clone(), self.deadline);
-        self.node.runtime.spawn(async move {
-            let outcome = mover::drive(&node, peer, job, Some(flight), deadline).await;
-            ended.0.complete(outcome);
-        });
+        let Flight { node, connection, deadline, .. } = &self.waiter;
+        let completion =
+            self.waiter.completion.get_or_init(|| Arc::new(Completion::new(self.way.operation())));
+        // Only the last reference's end could be before, and this is one.
+        if !self.waiter.attended.swap(true, Ordering::SeqCst)
+            && let Some(batch) = self.waiter.batch.upgrade()
+        {
+            let ended = Ended(completion.clone());
+            let (node, connection, deadline) = (node.clone(), connection.clone(), *deadline);
+            self.waiter.node.runtime.spawn(async move {
+                let outcome = mover::go_on(&node, connection, batch, deadline).await;
+                ended.0.complete(outcome);
+            });
+        }
         completion
     }
 
@@ -80,8 +95,8 @@ impl Flying {
         let mut until = None;
         loop {
             for _ in 0..LOOKS {
-                self.connection.help();
-                match self.batch.arrived() {
+                self.waiter.connection.help();
+                match self.arrived() {
                     Ok(false) => std::hint::spin_loop(),
                     outcome => return outcome.is_ok(),
                 }
@@ -94,13 +109,13 @@ impl Flying {
     }
 
     fn look(&self) -> Result<bool> {
-        if let Some(outcome) = self.completion.get().and_then(|completion| completion.outcome.get()) {
+        if let Some(outcome) = self.waiter.completion.get().and_then(|completion| completion.outcome.get()) {
             return outcome.clone().map(|()| true);
         }
-        self.connection.help();
-        match self.batch.arrived() {
+        self.waiter.connection.help();
+        match self.arrived() {
             Ok(true) => return Ok(true),
-            Ok(false) if Instant::now() < self.deadline && !self.connection.lost.is_cancelled() => {}
+            Ok(false) if Instant::now() < self.waiter.deadline && !self.waiter.connection.lost.is_told() => {}
             _ => {
                 self.attend();
             }
@@ -111,7 +126,7 @@ impl Flying {
 
 /// Hands the batch to a task when whoever waits stops before it has arrived, also when it is dropped: somebody must keep
 /// the batch's deadline and see that its owner is gone.
-struct Leaving<'a>(Option<&'a Flying>);
+struct Leaving<'a>(Option<&'a Batch<Flight>>);
 
 impl Leaving<'_> {
     /// All has arrived.
@@ -122,36 +137,36 @@ impl Leaving<'_> {
 
 impl Drop for Leaving<'_> {
     fn drop(&mut self) {
-        if let Some(flying) = self.0 {
-            flying.attend();
+        if let Some(batch) = self.0 {
+            batch.attend();
         }
     }
 }
 
 #[async_trait]
-impl EventState for Flying {
+impl EventState for Batch<Flight> {
     fn is_complete(&self) -> Result<bool> {
         self.look()
     }
 
     fn done_now(&self) -> Option<Result<()>> {
-        (self.small && self.arrives_soon()).then_some(Ok(()))
+        (self.waiter.small && self.arrives_soon()).then_some(Ok(()))
     }
 
     async fn done(&self, deadline: Instant) -> Result<()> {
         if self.look()? {
             return Ok(());
         }
-        self.connection.attend();
+        self.waiter.connection.attend();
         let leaving = Leaving(Some(self));
         let waited = async {
             tokio::select! {
                 biased;
-                arrived = self.batch.decided() => arrived,
-                () = self.connection.lost.cancelled() => false,
+                arrived = self.decided() => arrived,
+                () = self.waiter.connection.lost.told() => false,
             }
         };
-        if let Ok(true) = tokio::time::timeout_at(self.deadline.min(deadline).into(), waited).await {
+        if let Ok(true) = tokio::time::timeout_at(self.waiter.deadline.min(deadline).into(), waited).await {
             leaving.in_peace();
             return Ok(());
         }

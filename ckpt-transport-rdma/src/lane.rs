@@ -2,15 +2,14 @@
 
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
-use ckpt_core::{device::BufferSlice, transport::Way};
-use tokio::sync::Notify;
+use ckpt_core::transport::Way;
 
 use crate::{
+    batch::{Batch, Failure, Part},
     error::VerbsError,
-    memory::MrSet,
     nic::Nic,
     queue::SendQueue,
     sys::{self, Sge},
@@ -20,16 +19,11 @@ use crate::{
 /// Numbers of work requests: each lane has its own range.
 static LANES: AtomicU64 = AtomicU64::new(1);
 
-/// One work request. It owns the memory that the device writes or reads.
+/// One work request.
 #[derive(Debug)]
 pub(crate) struct Piece {
     pub(crate) batch: Arc<Batch>,
-    /// Which piece of the batch.
-    pub(crate) index: usize,
-    pub(crate) way: Way,
-    pub(crate) memory: BufferSlice,
-    pub(crate) registered: Arc<MrSet>,
-    pub(crate) remote_address: u64,
+    pub(crate) part: Part,
     pub(crate) remote_key: u32,
 }
 
@@ -40,83 +34,26 @@ const fn opcode(way: Way) -> u32 {
     }
 }
 
-/// Why a piece did not arrive.
-#[derive(Clone, Debug)]
-pub(crate) struct Failure {
-    pub(crate) index: usize,
-    pub(crate) error: VerbsError,
-    /// The reader's device, the owner's, and the queue pair's number.
-    pub(crate) hca: String,
-    pub(crate) lane: usize,
+/// Pieces that no device has any more. They are settled without the queue's lock: whatever ends with them may end the
+/// lane.
+#[derive(Default)]
+struct Returned {
+    /// Mostly it is one that arrived.
+    arrived: Option<Piece>,
+    others: Option<Vec<(Piece, Option<VerbsError>)>>,
 }
 
-/// Pieces that are waited for together.
-#[derive(Debug, Default)]
-pub(crate) struct Batch {
-    left: AtomicUsize,
-    failed: AtomicBool,
-    failures: Mutex<Vec<Failure>>,
-    /// Somebody wants to be woken.
-    awaited: AtomicBool,
-    done: Notify,
-}
-
-impl Batch {
-    pub(crate) fn new(pieces: usize) -> Arc<Self> {
-        Arc::new(Self { left: AtomicUsize::new(pieces), ..Self::default() })
-    }
-
-    fn failures(&self) -> MutexGuard<'_, Vec<Failure>> {
-        // Each change under this lock is whole even after a panic elsewhere.
-        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn finish(&self, failure: Option<Failure>) {
-        let failed = failure.is_some();
-        if let Some(failure) = failure {
-            self.failures().push(failure);
-            self.failed.store(true, Ordering::SeqCst);
-        }
-        // Before `awaited` is asked, as who waits sets that before it looks: one of the two sees the other.
-        let last = self.left.fetch_sub(1, Ordering::SeqCst) == 1;
-        if (last || failed) && self.awaited.load(Ordering::SeqCst) {
-            self.done.notify_waiters();
+impl Returned {
+    fn arrived(&mut self, piece: Piece) {
+        match self.arrived {
+            None => self.arrived = Some(piece),
+            Some(_) => self.others.get_or_insert_default().push((piece, None)),
         }
     }
 
-    /// Whether all pieces have arrived; `Err` if one has failed.
-    pub(crate) fn arrived(&self) -> Result<bool, ()> {
-        // In this order: the last piece's failure is there before nothing is left.
-        let over = self.left.load(Ordering::SeqCst) == 0;
-        if self.failed.load(Ordering::SeqCst) { Err(()) } else { Ok(over) }
-    }
-
-    /// Waits until `look` finds something.
-    async fn until<T>(&self, look: impl Fn() -> Option<T>) -> T {
-        self.awaited.store(true, Ordering::SeqCst);
-        loop {
-            let mut notified = std::pin::pin!(self.done.notified());
-            notified.as_mut().enable();
-            if let Some(found) = look() {
-                return found;
-            }
-            notified.await;
-        }
-    }
-
-    /// Waits until all pieces have arrived (`true`), or one has failed.
-    pub(crate) async fn decided(&self) -> bool {
-        let decided = || match self.arrived() {
-            Ok(false) => None,
-            outcome => Some(outcome.is_ok()),
-        };
-        self.until(decided).await
-    }
-
-    /// Waits until no piece is on a device any more; answers those that failed.
-    pub(crate) async fn finished(&self) -> Vec<Failure> {
-        let over = || self.left.load(Ordering::SeqCst) == 0;
-        self.until(|| over().then(|| std::mem::take(&mut *self.failures()))).await
+    fn failed(&mut self, pieces: impl IntoIterator<Item = Piece>, error: &VerbsError) {
+        let failed = pieces.into_iter().map(|piece| (piece, Some(error.clone())));
+        self.others.get_or_insert_default().extend(failed);
     }
 }
 
@@ -168,60 +105,73 @@ impl Lane {
     }
 
     /// Posts `pieces`, or keeps them until slots are free.
-    pub(crate) fn submit(&self, pieces: impl Iterator<Item = Piece>) {
+    pub(crate) fn submit(&self, pieces: impl IntoIterator<Item = Piece>) {
+        let mut returned = Returned::default();
         let mut queue = self.lock();
-        let refused: Vec<Piece> = pieces.filter_map(|piece| queue.push(piece).err()).collect();
-        self.pump(&mut queue);
+        for piece in pieces {
+            if let Err(piece) = queue.push(piece) {
+                returned.failed([piece], &FLUSHED);
+            }
+        }
+        self.pump(&mut queue, &mut returned);
         drop(queue);
-        self.settle(refused, Some(&FLUSHED));
+        self.settle(returned);
     }
 
-    fn pump(&self, queue: &mut SendQueue<Piece>) {
+    fn pump(&self, queue: &mut SendQueue<Piece>, returned: &mut Returned) {
         while let Some((piece, number, signalled)) = queue.start() {
+            let Piece { batch, part, remote_key } = piece;
+            let memory = &part.transfer.memory;
             let local = Sge {
-                addr: piece.memory.address(),
-                length: piece.memory.len_bytes() as u32,
-                lkey: piece.registered.local_key(self.nic.index),
+                addr: memory.address(),
+                length: memory.len_bytes() as u32,
+                lkey: part.registered.local_key(self.nic.index),
             };
-            let remote = (piece.remote_address, piece.remote_key);
+            let remote = (part.remote_address(), *remote_key);
             // SAFETY: the piece owns memory and registration, and stays in `queue` until its completion was polled or
             // the queue pair was destroyed; the caller of the transport lets nobody else write it.
-            let posted = unsafe { self.qp.post(opcode(piece.way), number, local, remote, signalled) };
+            let posted = unsafe { self.qp.post(opcode(batch.way), number, local, remote, signalled) };
             if let Err(error) = posted {
                 // The device has not taken it. Those before it may be unsignalled: the error state flushes them.
-                self.fail(queue, number, &error);
+                self.fail(queue, number, &error, returned);
                 return self.end_queue_pair();
             }
         }
     }
 
     /// A completion of this lane.
-    pub(crate) fn completed(&self, number: u64, outcome: Result<(), VerbsError>) {
+    pub(crate) fn completed(&self, completion: &sys::Wc) {
+        let number = completion.wr_id;
+        let mut returned = Returned::default();
         let mut queue = self.lock();
-        match outcome {
-            Ok(()) => {
-                let done = queue.complete(number);
-                self.settle(done, None);
-                self.pump(&mut queue);
+        match completion.status {
+            0 => {
+                queue.complete(number, |piece| returned.arrived(piece));
+                self.pump(&mut queue, &mut returned);
             }
-            Err(error) => self.fail(&mut queue, number, &error),
+            status => {
+                let error = VerbsError::Completion { status, vendor: completion.vendor_err };
+                self.fail(&mut queue, number, &error, &mut returned);
+            }
         }
+        drop(queue);
+        self.settle(returned);
     }
 
     /// A request has failed, and with it the lane.
-    fn fail(&self, queue: &mut SendQueue<Piece>, number: u64, error: &VerbsError) {
+    fn fail(&self, queue: &mut SendQueue<Piece>, number: u64, error: &VerbsError, returned: &mut Returned) {
         self.closed.store(true, Ordering::Release);
-        let failed = queue.fail(number);
-        self.settle(failed.done, None);
-        self.settle(failed.culprit, Some(error));
-        self.settle(queue.close(), Some(&FLUSHED));
+        let culprit = queue.fail(number, |piece| returned.arrived(piece));
+        returned.failed(culprit, error);
+        returned.failed(queue.close(), &FLUSHED);
     }
 
     /// Ends the lane: what is in flight fails with a flush error.
     pub(crate) fn close(&self) {
         self.closed.store(true, Ordering::Release);
-        let waiting = self.lock().close();
-        self.settle(waiting, Some(&FLUSHED));
+        let mut returned = Returned::default();
+        returned.failed(self.lock().close(), &FLUSHED);
+        self.settle(returned);
         self.end_queue_pair();
         self.nic.wake();
     }
@@ -232,19 +182,37 @@ impl Lane {
         }
     }
 
-    fn settle(&self, pieces: impl IntoIterator<Item = Piece>, error: Option<&VerbsError>) {
-        for piece in pieces {
-            let failure = error.map(|error| Failure {
-                index: piece.index,
-                error: error.clone(),
-                hca: self.nic.name().to_owned(),
-                lane: self.index,
-            });
-            let Piece { batch, memory, registered, .. } = piece;
-            // The memory is free before anybody is told.
-            drop((memory, registered));
-            batch.finish(failure);
+    fn settle(&self, returned: Returned) {
+        let Returned { arrived, others } = returned;
+        let settle = |piece: Piece, error: Option<VerbsError>| {
+            let Piece { batch, part, .. } = piece;
+            let Some(error) = error else {
+                // The memory is free before anybody is told.
+                drop(part);
+                return batch.finish(None);
+            };
+            batch.finish(Some(Failure { part, error, hca: self.nic.name().to_owned(), lane: self.index }));
+        };
+        if let Some(piece) = arrived {
+            settle(piece, None);
         }
+        others.into_iter().flatten().for_each(|(piece, error)| settle(piece, error));
+    }
+
+    /// Gives up what is in flight: its memory is never freed, as the device may still touch it.
+    pub(crate) fn abandon(&self) {
+        let abandoned = self.lock().abandon();
+        if !abandoned.is_empty() {
+            tracing::error!(
+                hca = self.nic.name(),
+                "{} requests never completed; their memory is kept",
+                abandoned.len()
+            );
+        }
+        let mut returned = Returned::default();
+        abandoned.iter().for_each(|piece| std::mem::forget(piece.part.clone()));
+        returned.failed(abandoned, &FLUSHED);
+        self.settle(returned);
     }
 }
 
@@ -254,20 +222,7 @@ pub(crate) const FLUSHED: VerbsError = VerbsError::Completion { status: 5, vendo
 impl Drop for Lane {
     fn drop(&mut self) {
         // The NIC holds lanes with requests in flight, so there are some only if it gave up on its device. Their memory
-        // must outlive the queue pair, which is destroyed after this: it is never freed.
-        let abandoned = self.lock().abandon();
-        if !abandoned.is_empty() {
-            tracing::error!(
-                hca = self.nic.name(),
-                "{} requests never completed; their memory is kept",
-                abandoned.len()
-            );
-        }
-        for piece in abandoned {
-            let Piece { batch, memory, registered, index, .. } = piece;
-            std::mem::forget((memory, registered));
-            let hca = self.nic.name().to_owned();
-            batch.finish(Some(Failure { index, error: FLUSHED, hca, lane: self.index }));
-        }
+        // must outlive the queue pair, which is destroyed after this.
+        self.abandon();
     }
 }

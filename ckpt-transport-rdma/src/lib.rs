@@ -7,6 +7,7 @@
 //!
 //! The transport `ucx` does the same through UCX, which chooses between shared memory, RDMA and TCP (`ucx/`).
 
+mod batch;
 mod config;
 mod connection;
 mod ending;

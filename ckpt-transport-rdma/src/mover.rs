@@ -8,14 +8,16 @@ use std::{
 
 use ckpt_core::{
     Error, ErrorKind, Key, Result,
-    device::BufferSlice,
+    device::Event,
     transport::{Transfer, Way},
 };
 use smallvec::SmallVec;
 
 use crate::{
+    batch::{Batch, Failure, Part},
     connection::Connection,
-    lane::{Batch, FLUSHED, Failure, Lane, Piece},
+    flying,
+    lane::{FLUSHED, Lane, Piece},
     memory::{Claim, MrSet, transfer_own},
     node::{Node, Peer},
     wire::Descriptor,
@@ -28,16 +30,8 @@ const ATTEMPTS: usize = 4;
 /// A device flushes a queue pair at once; this long a batch waits for it after its deadline.
 const QUIET: Duration = Duration::from_secs(2);
 
-/// A part of one transfer.
-#[derive(Clone)]
-struct Part {
-    memory: BufferSlice,
-    registered: Arc<MrSet>,
-    remote_address: u64,
-    descriptor: Arc<Descriptor>,
-}
-
 type Parts = SmallVec<[Part; 1]>;
+type Claims = SmallVec<[Claim; 1]>;
 
 /// What is on a device now.
 type Current = Mutex<Option<(Arc<Connection>, Arc<Batch>)>>;
@@ -48,91 +42,96 @@ pub(crate) struct Job {
     pub(crate) transfers: SmallVec<[(Transfer, Arc<Descriptor>); 1]>,
 }
 
+/// What is to be brought to its end.
+enum Work {
+    Begin(Job),
+    /// It was posted at once.
+    GoOn(Arc<Connection>, Arc<Batch>),
+}
+
 /// Moves the bytes. When it returns, no device touches this side's memory any more.
 pub(crate) async fn run(node: &Arc<Node>, peer: Peer, job: Job, deadline: Instant) -> Result<()> {
     if peer.1 == node.id {
         return own(node, job, deadline).await.map_err(|e| e.with(Key::Peer, peer.0));
     }
-    drive(node, peer, job, None, deadline).await
+    drive(node, peer, job.way, Work::Begin(job), deadline).await
 }
 
-/// A batch that was posted at once.
-pub(crate) struct Flight {
-    pub(crate) connection: Arc<Connection>,
-    pub(crate) batch: Arc<Batch>,
+/// Posts the transfer if nothing has to be waited for before and one request carries it; else gives it back.
+pub(crate) fn post_one(
+    node: &Arc<Node>,
+    way: Way,
+    transfer: Transfer,
+    deadline: Instant,
+) -> Result<Event, Transfer> {
+    let len = transfer.memory.len_bytes();
+    let ready = || {
+        if !(1..=PIECE_BYTES).contains(&len) {
+            return None;
+        }
+        let (descriptor, connection) = node.at_hand(&transfer.region, &claim(way, &transfer))?;
+        let registered = node.local.get_now(transfer.memory.buffer())?;
+        Some((descriptor, registered, connection.next_lane()?, connection))
+    };
+    let Some((descriptor, registered, lane, connection)) = ready() else { return Err(transfer) };
+    let batch = flying::batch(node, connection, way, 1, len, deadline);
+    let lane = &batch.waiter.connection.lanes[lane];
+    let remote_key = descriptor.key(lane.remote_nic);
+    let part = Part { transfer, registered, descriptor };
+    lane.submit([Piece { batch: batch.clone(), part, remote_key }]);
+    Ok(flying::event(batch))
 }
 
 /// Posts the batch if nothing has to be waited for before: registered, and known to the owner.
-pub(crate) fn post_now(node: &Node, connection: Arc<Connection>, job: &Job) -> Option<Flight> {
-    let batch = match &job.transfers[..] {
-        [(transfer, descriptor)] if (1..=PIECE_BYTES).contains(&transfer.memory.len_bytes()) => {
-            if !connection.knows(&[claim(job.way, transfer)]) {
-                return None;
-            }
-            let registered = node.local.get_now(transfer.memory.buffer())?;
-            post_one(&connection, job.way, transfer, descriptor, registered)?
-        }
-        transfers => {
-            if !connection.knows(&claims(job)) {
-                return None;
-            }
-            let mut parts = Parts::new();
-            for (transfer, descriptor) in transfers {
-                if transfer.memory.len_bytes() > 0 {
-                    let registered = node.local.get_now(transfer.memory.buffer())?;
-                    cut(transfer, descriptor, &registered, &mut parts).ok()?;
-                }
-            }
-            post(&connection, job.way, &parts)?
-        }
-    };
-    Some(Flight { connection, batch })
-}
-
-/// As [`post`], for a transfer that is one piece.
-fn post_one(
-    connection: &Connection,
-    way: Way,
-    transfer: &Transfer,
-    descriptor: &Descriptor,
-    registered: Arc<MrSet>,
-) -> Option<Arc<Batch>> {
-    let lane = connection.next_lane()?;
-    let batch = Batch::new(1);
-    lane.submit(std::iter::once(Piece {
-        batch: batch.clone(),
-        index: 0,
-        way,
-        memory: transfer.memory.clone(),
-        registered,
-        remote_address: transfer.region.address + transfer.offset,
-        remote_key: descriptor.key(lane.remote_nic),
-    }));
-    Some(batch)
-}
-
-/// Goes on with a batch, to its end.
-pub(crate) async fn drive(
+pub(crate) fn post_now(
     node: &Arc<Node>,
-    peer: Peer,
-    job: Job,
-    flight: Option<Flight>,
+    connection: Arc<Connection>,
+    job: &Job,
+    deadline: Instant,
+) -> Option<Event> {
+    if !connection.knows(&claims(job.way, job.transfers.iter().map(|(transfer, _)| transfer))) {
+        return None;
+    }
+    let mut parts = Parts::new();
+    for (transfer, descriptor) in &job.transfers {
+        if transfer.memory.len_bytes() > 0 {
+            let registered = node.local.get_now(transfer.memory.buffer())?;
+            cut(transfer, descriptor, &registered, &mut parts).ok()?;
+        }
+    }
+    let bytes = parts.iter().map(|part| part.transfer.memory.len_bytes()).sum();
+    let lanes = connection.clone();
+    let lanes = lanes.open_lanes();
+    if lanes.is_empty() {
+        return None;
+    }
+    let batch = flying::batch(node, connection, job.way, parts.len(), bytes, deadline);
+    submit(&lanes, &(batch.clone() as Arc<Batch>), parts);
+    Some(flying::event(batch))
+}
+
+/// Goes on with a batch that was posted at once.
+pub(crate) async fn go_on(
+    node: &Arc<Node>,
+    connection: Arc<Connection>,
+    batch: Arc<Batch>,
     deadline: Instant,
 ) -> Result<()> {
-    let operation = job.way.operation();
+    let (way, peer) = (batch.way, connection.peer);
+    drive(node, peer, way, Work::GoOn(connection, batch), deadline).await
+}
+
+async fn drive(node: &Arc<Node>, peer: Peer, way: Way, work: Work, deadline: Instant) -> Result<()> {
     let current = Current::default();
-    let trying = attempts(node, peer, &job, flight, &current);
+    let trying = attempts(node, peer, way, work, &current);
     let outcome = tokio::time::timeout_at(deadline.into(), trying).await;
     let outcome = outcome.unwrap_or_else(|_| {
         let what = "the bytes did not arrive by the deadline";
-        let mut error = Error::new(ErrorKind::Timeout, operation, what);
+        let mut error = Error::new(ErrorKind::Timeout, way.operation(), what);
         let current = current.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((connection, _)) = &*current {
-            let names = connection.lanes.iter().map(|lane| lane.nic.name());
-            error = error.with(
-                Key::Hca,
-                names.collect::<std::collections::BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(","),
-            );
+            let names = connection.nics.iter().map(|nic| nic.name());
+            error = error.with(Key::Hca, names.collect::<Vec<_>>().join(","));
         }
         Err(error)
     });
@@ -156,7 +155,7 @@ async fn own(node: &Arc<Node>, job: Job, deadline: Instant) -> Result<()> {
         let error = || Err(Error::new(ErrorKind::Timeout, operation, what));
         if Instant::now() < deadline { Ok(()) } else { error() }
     };
-    let claims = claims(&job);
+    let claims = claims(job.way, job.transfers.iter().map(|(transfer, _)| transfer));
     node.regions.check(&claims)?;
     let regions = node.regions.clone();
     let copied = tokio::task::spawn_blocking(move || {
@@ -169,55 +168,56 @@ async fn own(node: &Arc<Node>, job: Job, deadline: Instant) -> Result<()> {
     node.regions.check(&claims)
 }
 
-async fn attempts(
-    node: &Arc<Node>,
-    peer: Peer,
-    job: &Job,
-    mut flight: Option<Flight>,
-    current: &Current,
-) -> Result<()> {
-    let Some((_, descriptor)) = job.transfers.first() else { return Ok(()) };
-    let operation = job.way.operation();
-    let claims = claims(job);
-    // Those of a batch that was posted already are cut again if some fail.
-    let mut parts = match &flight {
-        Some(_) => Parts::new(),
-        None => cut_all(node, job).await?,
+async fn attempts(node: &Arc<Node>, peer: Peer, way: Way, work: Work, current: &Current) -> Result<()> {
+    let operation = way.operation();
+    let (mut parts, mut wanted, mut descriptor, mut posted) = match work {
+        Work::GoOn(connection, batch) => (Parts::new(), Claims::new(), None, Some((connection, batch))),
+        Work::Begin(job) => {
+            let descriptor = job.transfers.first().map(|(_, descriptor)| descriptor.clone());
+            (
+                cut_all(node, &job).await?,
+                claims(way, job.transfers.iter().map(|(transfer, _)| transfer)),
+                descriptor,
+                None,
+            )
+        }
     };
     let mut last = None;
     for _ in 0..ATTEMPTS {
-        let (connection, batch) = match flight.take() {
-            Some(Flight { connection, batch }) => (connection, Some(batch)),
-            None => {
+        let (connection, batch) = match (posted.take(), &descriptor) {
+            (Some((connection, batch)), _) => (connection, Ok(batch)),
+            (None, None) => return Ok(()),
+            (None, Some(descriptor)) => {
                 let connection = match node.connection(peer, descriptor).await {
                     Ok(connection) => connection,
                     Err(error) => return Err(last.unwrap_or(error)),
                 };
-                if let Err(error) = connection.make_sure(&claims).await {
+                if let Err(error) = connection.make_sure(&wanted).await {
                     // A connection that was kept may have ended since: then a new one tells what is the matter.
                     if error.kind() != ErrorKind::PeerLost {
                         return Err(error);
                     }
-                    connection.lost.cancel();
+                    connection.lost.tell();
                     last = Some(error);
                     continue;
                 }
-                let batch = post(&connection, job.way, &parts);
+                let batch = post(&connection, way, std::mem::take(&mut parts));
                 (connection, batch)
             }
         };
         let failures = match batch {
-            Some(batch) => settled(&connection, batch, current).await,
-            None => {
-                let failed = |index| Failure { index, error: FLUSHED, hca: String::new(), lane: 0 };
-                (0..parts.len()).map(failed).collect()
+            Ok(batch) => settled(&connection, batch, current).await,
+            Err(parts) => {
+                let failed = |part| Failure { part, error: FLUSHED, hca: String::new(), lane: 0 };
+                parts.into_iter().map(failed).collect()
             }
         };
         if failures.is_empty() {
             // Each piece met the region that its key is of, while that lived.
             return Ok(());
         }
-        let word = connection.check(&claims).await;
+        wanted = claims(way, failures.iter().map(|failure| &failure.part.transfer));
+        let word = connection.check(&wanted).await;
         if let Err(error) = word
             && error.kind() != ErrorKind::PeerLost
         {
@@ -226,7 +226,7 @@ async fn attempts(
         let culprit = failures.iter().find(|failure| failure.error != FLUSHED && !is_flush(failure));
         if let Some(failure) = culprit {
             let lane = connection.lanes.get(failure.lane);
-            let error = describe(operation, failure, lane.map(|lane| &**lane), descriptor);
+            let error = describe(operation, failure, lane.map(|lane| &**lane));
             if error.kind() != ErrorKind::PeerLost {
                 return Err(error);
             }
@@ -238,14 +238,11 @@ async fn attempts(
         } else if last.is_none() {
             last = failures.first().map(|failure| {
                 let lane = connection.lanes.get(failure.lane).map(|lane| &**lane);
-                describe(operation, failure, lane, descriptor)
+                describe(operation, failure, lane)
             });
         }
-        if parts.is_empty() {
-            parts = cut_all(node, job).await?;
-        }
-        let failed: Parts = failures.iter().filter_map(|failure| parts.get(failure.index).cloned()).collect();
-        parts = failed;
+        descriptor = failures.first().map(|failure| failure.part.descriptor.clone());
+        parts = failures.into_iter().map(|failure| failure.part).collect();
     }
     Err(last.unwrap_or_else(|| Error::new(ErrorKind::PeerLost, operation, "every lane to the owner failed")))
 }
@@ -255,9 +252,9 @@ fn is_flush(failure: &Failure) -> bool {
 }
 
 /// What the owner is asked for each region.
-fn claims(job: &Job) -> SmallVec<[Claim; 1]> {
+fn claims<'a>(way: Way, transfers: impl Iterator<Item = &'a Transfer>) -> Claims {
     let mut furthest: BTreeMap<(u64, u64), Claim> = BTreeMap::new();
-    for claim in job.transfers.iter().map(|(transfer, _)| claim(job.way, transfer)) {
+    for claim in transfers.map(|transfer| claim(way, transfer)) {
         let known = furthest.entry((claim.generation, claim.address)).or_insert(claim);
         known.end = known.end.max(claim.end);
     }
@@ -293,10 +290,10 @@ fn cut(
     let (mut start, len) = (0, transfer.memory.len_bytes());
     while start < len {
         let end = len.min(start + PIECE_BYTES);
+        let memory = transfer.memory.slice(start..end)?;
         parts.push(Part {
-            memory: transfer.memory.slice(start..end)?,
+            transfer: Transfer { region: transfer.region.clone(), offset: transfer.offset + start, memory },
             registered: registered.clone(),
-            remote_address: transfer.region.address + transfer.offset + start,
             descriptor: descriptor.clone(),
         });
         start = end;
@@ -304,26 +301,30 @@ fn cut(
     Ok(())
 }
 
-/// Puts `parts` on the connection's lanes; `None` if none is open.
-fn post(connection: &Arc<Connection>, way: Way, parts: &[Part]) -> Option<Arc<Batch>> {
+/// Puts `parts` on the connection's lanes; gives them back if none is open.
+fn post(connection: &Connection, way: Way, parts: Parts) -> Result<Arc<Batch>, Parts> {
     let lanes = connection.open_lanes();
     if lanes.is_empty() {
-        return None;
+        return Err(parts);
     }
-    let batch = Batch::new(parts.len());
-    // Parts go to the lanes in turn; each lane is handed all of its own at once.
-    for (first, lane) in lanes.iter().enumerate().take(parts.len()) {
-        lane.submit(parts.iter().enumerate().skip(first).step_by(lanes.len()).map(|(index, part)| Piece {
-            batch: batch.clone(),
-            index,
-            way,
-            memory: part.memory.clone(),
-            registered: part.registered.clone(),
-            remote_address: part.remote_address,
-            remote_key: part.descriptor.key(lane.remote_nic),
+    let batch: Arc<Batch> = Arc::new(Batch::new(way, parts.len(), ()));
+    submit(&lanes, &batch, parts);
+    Ok(batch)
+}
+
+/// Parts go to the lanes in turn; each lane is handed all of its own at once.
+fn submit(lanes: &[&Arc<Lane>], batch: &Arc<Batch>, parts: Parts) {
+    let mut shares: SmallVec<[Parts; 4]> = lanes.iter().map(|_| Parts::new()).collect();
+    let count = shares.len();
+    for (index, part) in parts.into_iter().enumerate() {
+        shares[index % count].push(part);
+    }
+    for (lane, share) in lanes.iter().zip(shares) {
+        lane.submit(share.into_iter().map(|part| {
+            let remote_key = part.descriptor.key(lane.remote_nic);
+            Piece { batch: batch.clone(), part, remote_key }
         }));
     }
-    Some(batch)
 }
 
 /// Waits until none of the batch is on a device; answers what failed.
@@ -332,7 +333,7 @@ async fn settled(connection: &Arc<Connection>, batch: Arc<Batch>, current: &Curr
     connection.attend();
     let failures = tokio::select! {
         failures = batch.finished() => failures,
-        () = connection.lost.cancelled() => {
+        () = connection.lost.told() => {
             // The owner is gone: the queue pairs would learn of it only after all their retries.
             connection.kill();
             batch.finished().await
@@ -342,14 +343,10 @@ async fn settled(connection: &Arc<Connection>, batch: Arc<Batch>, current: &Curr
     failures
 }
 
-fn describe(
-    operation: &'static str,
-    failure: &Failure,
-    lane: Option<&Lane>,
-    descriptor: &Descriptor,
-) -> Error {
+fn describe(operation: &'static str, failure: &Failure, lane: Option<&Lane>) -> Error {
     let error = Error::from(failure.error.clone());
-    let theirs = lane.and_then(|lane| descriptor.nics.get(lane.remote_nic)).map_or("?", |nic| &nic.hca);
+    let theirs =
+        lane.and_then(|lane| failure.part.descriptor.nics.get(lane.remote_nic)).map_or("?", |nic| &nic.hca);
     let what = match error.kind() {
         ErrorKind::PeerLost => "the owner's device does not answer: the link or the owner is down",
         ErrorKind::Aborted => "the queue pair ended before the bytes arrived",

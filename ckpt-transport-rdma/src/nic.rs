@@ -19,7 +19,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     config::RdmaConfig,
-    error::VerbsError,
     lane::Lane,
     library::Api,
     numa, sys,
@@ -28,6 +27,8 @@ use crate::{
 
 /// Completions of all lanes of one NIC.
 const CQ_ENTRIES: i32 = 8192;
+/// Completions that are taken at once.
+const POLLED: usize = 32;
 /// Empty polls while requests fly, before the thread sleeps on the channel.
 const SPINS: u32 = 2000;
 /// The thread looks around at least this often.
@@ -67,8 +68,8 @@ pub(crate) struct Nic {
     lanes: Mutex<BTreeMap<u32, Arc<Lane>>>,
     /// Every key that peers were given: none is given twice, so a request that succeeds proves which region it met.
     keys: Mutex<HashSet<u32>>,
-    /// Who polls. Completions are handled in their order, so polling and handling are one step.
-    polling: Mutex<()>,
+    /// What was polled, for who polls: completions are handled in their order, so polling and handling are one step.
+    polled: Mutex<[sys::Wc; POLLED]>,
     /// Somebody who waits has polled since the thread last looked.
     helped: AtomicBool,
     /// The thread sleeps without having asked for an event.
@@ -136,7 +137,7 @@ impl Nic {
             context,
             lanes: Mutex::default(),
             keys: Mutex::default(),
-            polling: Mutex::default(),
+            polled: Mutex::default(),
             helped: AtomicBool::new(false),
             resting: AtomicBool::new(false),
             down: AtomicBool::new(false),
@@ -172,16 +173,21 @@ impl Nic {
         self.keys.lock().unwrap_or_else(PoisonError::into_inner).insert(key)
     }
 
-    /// Polls once, for somebody who waits and would rather not be woken.
-    pub(crate) fn help(&self) {
+    /// Polls once, for somebody who waits for `lanes` and would rather not be woken.
+    pub(crate) fn help(&self, lanes: &[Arc<Lane>]) {
         self.helped.store(true, Ordering::Relaxed);
         // Somebody else polls: that helps as well.
-        if let Ok(_polling) = self.polling.try_lock() {
-            // Few: whoever waits for more bytes than a few requests carry leaves it to the thread.
-            let mut completions = [sys::Wc::default(); 4];
+        if let Ok(mut polled) = self.polled.try_lock() {
             // An error is the thread's to find.
-            let found = self.cq.poll(&mut completions).unwrap_or(0);
-            completions[..found].iter().for_each(|completion| self.dispatch(completion));
+            let found = self.cq.poll(&mut *polled).unwrap_or(0);
+            for completion in polled.iter().take(found) {
+                let awaited =
+                    |lane: &&Arc<Lane>| std::ptr::eq(&*lane.nic, self) && lane.number() == completion.qp_num;
+                match lanes.iter().find(awaited) {
+                    Some(lane) => lane.completed(completion),
+                    None => self.dispatch(completion),
+                }
+            }
         }
     }
 
@@ -249,12 +255,8 @@ impl Nic {
 
     fn dispatch(&self, completion: &sys::Wc) {
         let lane = self.lock().get(&completion.qp_num).cloned();
-        let outcome = match completion.status {
-            0 => Ok(()),
-            status => Err(VerbsError::Completion { status, vendor: completion.vendor_err }),
-        };
         match lane {
-            Some(lane) => lane.completed(completion.wr_id, outcome),
+            Some(lane) => lane.completed(completion),
             None => tracing::debug!(hca = self.name(), "a completion of a queue pair that has ended"),
         }
     }
@@ -278,19 +280,18 @@ impl Nic {
 
 /// The thread: polls while requests fly, else sleeps on the completion channel.
 fn poll(nic: &Arc<Nic>, mut woken: UnixStream) {
-    let mut completions = [sys::Wc::default(); 32];
     let (mut spins, mut armed) = (0, false);
     let mut stopped_at = None;
     loop {
         let found = {
-            let _polling = nic.polling.lock().unwrap_or_else(PoisonError::into_inner);
-            let found = nic.cq.poll(&mut completions).unwrap_or_else(|error| {
+            let mut polled = nic.polled.lock().unwrap_or_else(PoisonError::into_inner);
+            let found = nic.cq.poll(&mut *polled).unwrap_or_else(|error| {
                 tracing::error!(%error, hca = nic.name(), "completions cannot be polled");
                 nic.down.store(true, Ordering::Relaxed);
                 nic.stopping.store(true, Ordering::Release);
                 0
             });
-            completions[..found].iter().for_each(|completion| nic.dispatch(completion));
+            polled.iter().take(found).for_each(|completion| nic.dispatch(completion));
             found
         };
         if found > 0 {
@@ -303,6 +304,8 @@ fn poll(nic: &Arc<Nic>, mut woken: UnixStream) {
             nic.close_lanes();
             if !busy || since.elapsed() > QUIET {
                 let lanes = std::mem::take(&mut *nic.lock());
+                // What is in flight holds its connection, and that its lanes.
+                lanes.values().for_each(|lane| lane.abandon());
                 return drop(lanes);
             }
         }

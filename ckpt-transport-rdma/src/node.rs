@@ -18,7 +18,7 @@ use crate::{
     config::RdmaConfig,
     connection::Connection,
     library::Api,
-    memory::{MrCache, Regions},
+    memory::{Claim, MrCache, Regions},
     nic::Nic,
     owner::{self, Door},
     wire::{Descriptor, Id, random},
@@ -56,6 +56,8 @@ struct Last {
     descriptor: Arc<Descriptor>,
     /// Once there was one.
     connection: Weak<Connection>,
+    /// What the owner has said of the region, and how often it had released one before.
+    known: Option<(Claim, u64)>,
 }
 
 #[derive(Default)]
@@ -153,9 +155,30 @@ impl Node {
         let connection = slot.as_ref().filter(|connection| connection.is_usable()).cloned()?;
         drop(slot);
         if let Some(last) = state.last.as_mut().filter(|last| last.peer == peer) {
-            last.connection = Arc::downgrade(&connection);
+            (last.connection, last.known) = (Arc::downgrade(&connection), None);
         }
         Some(connection)
+    }
+
+    /// What `region`'s owner says of it and a connection that knows that `claim` holds, if the last batch was with it as
+    /// well.
+    pub(crate) fn at_hand(
+        &self,
+        region: &Arc<RemoteRegion>,
+        claim: &Claim,
+    ) -> Option<(Arc<Descriptor>, Arc<Connection>)> {
+        let mut state = self.lock();
+        let last = state.last.as_mut().filter(|last| Arc::ptr_eq(&last.region, region))?;
+        let connection = last.connection.upgrade().filter(|connection| connection.is_usable())?;
+        let releases = connection.releases();
+        let covers = |known: &Claim| known.write == claim.write && claim.end <= known.end;
+        if !last.known.is_some_and(|(known, since)| since == releases && covers(&known)) {
+            if !connection.knows(std::slice::from_ref(claim)) {
+                return None;
+            }
+            last.known = Some((*claim, releases));
+        }
+        Some((last.descriptor.clone(), connection))
     }
 
     /// The owner of `region`, and what it says of it.
@@ -172,7 +195,8 @@ impl Node {
         let (peer, descriptor) = describe(region)?;
         let descriptor = Arc::new(descriptor);
         let (region, connection) = (region.clone(), Weak::new());
-        self.lock().last = Some(Last { region, peer, descriptor: descriptor.clone(), connection });
+        let last = Last { region, peer, descriptor: descriptor.clone(), connection, known: None };
+        self.lock().last = Some(last);
         Ok((peer, descriptor))
     }
 

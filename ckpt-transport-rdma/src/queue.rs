@@ -5,8 +5,6 @@
 
 use std::collections::VecDeque;
 
-use smallvec::SmallVec;
-
 /// Requests of one queue pair.
 #[derive(Debug)]
 pub(crate) struct SendQueue<T> {
@@ -18,15 +16,6 @@ pub(crate) struct SendQueue<T> {
     first: u64,
     unsignalled: usize,
     closed: bool,
-}
-
-/// What a completion with an error did.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Failed<T> {
-    /// Completed before it.
-    pub(crate) done: SmallVec<[T; 1]>,
-    /// The request that failed; `None` if it is not known, as for a completion that came late.
-    pub(crate) culprit: Option<T>,
 }
 
 impl<T> SendQueue<T> {
@@ -60,29 +49,42 @@ impl<T> SendQueue<T> {
         Some((request, number, signalled))
     }
 
-    /// A request has completed: it and all before it.
-    pub(crate) fn complete(&mut self, number: u64) -> SmallVec<[T; 1]> {
-        if !self.flies(number) {
-            return SmallVec::new();
+    /// A request has completed: it and all before it, of which `done` is told.
+    pub(crate) fn complete(&mut self, number: u64, done: impl FnMut(T)) {
+        if self.flies(number) {
+            let count = (number - self.first) as usize + 1;
+            self.retire(count, done);
         }
-        let count = (number - self.first) as usize + 1;
-        self.first += count as u64;
-        self.flying -= count;
-        (0..count).filter_map(|_| self.requests.pop_front()).collect()
     }
 
-    /// A request has failed. Nothing is posted afterwards; the others come back as completions with errors.
-    pub(crate) fn fail(&mut self, number: u64) -> Failed<T> {
+    /// A request has failed; `done` is told of those before it. Answers the culprit, unless it is not known, as for a
+    /// completion that came late. Nothing is posted afterwards; the others come back as completions with errors.
+    pub(crate) fn fail(&mut self, number: u64, done: impl FnMut(T)) -> Option<T> {
         self.closed = true;
-        let mut done = self.complete(number);
-        let culprit = done.pop();
-        Failed { done, culprit }
+        if !self.flies(number) {
+            return None;
+        }
+        let before = (number - self.first) as usize;
+        self.retire(before, done);
+        let mut culprit = None;
+        self.retire(1, |request| culprit = Some(request));
+        culprit
+    }
+
+    fn retire(&mut self, count: usize, mut done: impl FnMut(T)) {
+        self.first += count as u64;
+        self.flying -= count;
+        for _ in 0..count {
+            if let Some(request) = self.requests.pop_front() {
+                done(request);
+            }
+        }
     }
 
     /// Posts no more, and gives back what has not been posted.
-    pub(crate) fn close(&mut self) -> Vec<T> {
+    pub(crate) fn close(&mut self) -> impl Iterator<Item = T> {
         self.closed = true;
-        self.requests.drain(self.flying..).collect()
+        self.requests.drain(self.flying..)
     }
 
     /// Whether no request is on the device.
@@ -103,18 +105,30 @@ impl<T> SendQueue<T> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use smallvec::smallvec;
 
     use super::*;
+
+    fn complete<T>(queue: &mut SendQueue<T>, number: u64) -> Vec<T> {
+        let mut done = Vec::new();
+        queue.complete(number, |request| done.push(request));
+        done
+    }
+
+    /// What completed before, and the culprit.
+    fn fail<T>(queue: &mut SendQueue<T>, number: u64) -> (Vec<T>, Option<T>) {
+        let mut done = Vec::new();
+        let culprit = queue.fail(number, |request| done.push(request));
+        (done, culprit)
+    }
 
     #[test]
     fn completions_of_another_queue_are_ignored() {
         let mut queue = SendQueue::new(4, 100);
         queue.push('a').unwrap();
         assert!(queue.start().is_some());
-        assert!(queue.complete(7).is_empty() && queue.complete(101).is_empty());
-        assert_eq!(queue.complete(100)[..], ['a']);
-        assert!(queue.complete(100).is_empty(), "twice");
+        assert!(complete(&mut queue, 7).is_empty() && complete(&mut queue, 101).is_empty());
+        assert_eq!(complete(&mut queue, 100), ['a']);
+        assert!(complete(&mut queue, 100).is_empty(), "twice");
     }
 
     #[test]
@@ -124,12 +138,12 @@ mod tests {
             queue.push(request).unwrap();
         }
         while queue.start().is_some() {}
-        assert_eq!(queue.complete(2)[..], [0, 1, 2], "it retires all before it");
-        assert!(queue.complete(1).is_empty(), "an earlier one comes late");
-        assert_eq!(queue.fail(0), Failed { done: SmallVec::new(), culprit: None }, "even as an error");
+        assert_eq!(complete(&mut queue, 2), [0, 1, 2], "it retires all before it");
+        assert!(complete(&mut queue, 1).is_empty(), "an earlier one comes late");
+        assert_eq!(fail(&mut queue, 0), (vec![], None), "even as an error");
         assert!(queue.start().is_none(), "but then nothing is posted any more");
-        assert_eq!(queue.complete(3)[..], [3]);
-        assert_eq!(queue.close(), [4, 5]);
+        assert_eq!(complete(&mut queue, 3), [3]);
+        assert_eq!(queue.close().collect::<Vec<_>>(), [4, 5]);
     }
 
     #[test]
@@ -139,11 +153,11 @@ mod tests {
             queue.push(request).unwrap();
         }
         while queue.start().is_some() {}
-        assert_eq!(queue.fail(1), Failed { done: smallvec![0], culprit: Some(1) });
+        assert_eq!(fail(&mut queue, 1), (vec![0], Some(1)));
         assert!(queue.start().is_none() && queue.push(9) == Err(9));
-        assert_eq!(queue.close(), [4, 5]);
-        assert_eq!(queue.fail(2).culprit, Some(2));
-        assert_eq!(queue.fail(2).culprit, None);
+        assert_eq!(queue.close().collect::<Vec<_>>(), [4, 5]);
+        assert_eq!(fail(&mut queue, 2).1, Some(2));
+        assert_eq!(fail(&mut queue, 2).1, None);
         assert!(!queue.is_idle());
         assert_eq!(queue.abandon(), [3]);
         assert!(queue.is_idle());
@@ -156,8 +170,8 @@ mod tests {
         let (mut pushed, mut step) = (0, steps.iter().copied().cycle());
         while back.len() < requests {
             // In turns chosen by `steps`: a new request and as many posts as there are slots, or one completion.
-            let complete = step.next().unwrap_or(true) && pushed > back.len() || pushed == requests;
-            if !complete {
+            let completes = step.next().unwrap_or(true) && pushed > back.len() || pushed == requests;
+            if !completes {
                 queue.push(pushed).unwrap();
                 pushed += 1;
             }
@@ -165,9 +179,9 @@ mod tests {
                 on_device.push_back((number, signalled));
             }
             most = most.max(on_device.len());
-            if complete && let Some(last) = on_device.iter().position(|(_, signalled)| *signalled) {
+            if completes && let Some(last) = on_device.iter().position(|(_, signalled)| *signalled) {
                 let number = on_device.drain(..=last).next_back().map(|(number, _)| number);
-                back.extend(queue.complete(number.unwrap()));
+                back.extend(complete(&mut queue, number.unwrap()));
             }
             assert!(
                 on_device.is_empty() || on_device.iter().any(|(_, signalled)| *signalled),

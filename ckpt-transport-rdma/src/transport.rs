@@ -15,7 +15,7 @@ use ckpt_core::{
 use smallvec::smallvec;
 
 use crate::{
-    ending, flying,
+    ending,
     memory::{Access, Registered, register},
     mover::{self, Job},
     node::{Node, Peer},
@@ -108,17 +108,22 @@ impl RdmaTransport {
 
     fn post(&self, way: Way, batch: Vec<impl Into<Transfer>>, deadline: Instant) -> Result<Event> {
         way.check_deadline(deadline)?;
-        let mut batch = batch.into_iter();
-        let Some(first) = batch.next() else {
+        let mut transfers = batch.into_iter().map(Into::<Transfer>::into);
+        let Some(mut first) = transfers.next() else {
             return ending::spawn(way.operation(), Vec::<std::future::Ready<Result<()>>>::new());
         };
-        let first: Transfer = first.into();
+        if transfers.len() == 0 {
+            first.check_on_host(way)?;
+            first = match mover::post_one(&self.node, way, first, deadline) {
+                Ok(event) => return Ok(event),
+                Err(transfer) => transfer,
+            };
+        }
         let (peer, descriptor) = self.described(way, &first)?;
         let mut job = Job { way, transfers: smallvec![(first, descriptor)] };
         // Few owners a batch, mostly one: a search costs less than a table.
         let mut others: Vec<(Peer, Job)> = Vec::new();
-        for op in batch {
-            let transfer: Transfer = op.into();
+        for transfer in transfers {
             let (owner, descriptor) = self.described(way, &transfer)?;
             let known = others.iter_mut().find(|(known, _)| *known == owner).map(|(_, job)| job);
             match known.or((owner == peer).then_some(&mut job)) {
@@ -128,9 +133,9 @@ impl RdmaTransport {
         }
         if others.is_empty()
             && let Some(connection) = self.node.connected(peer)
-            && let Some(flight) = mover::post_now(&self.node, connection, &job)
+            && let Some(event) = mover::post_now(&self.node, connection, &job, deadline)
         {
-            return Ok(flying::event(self.node.clone(), peer, job, flight, deadline));
+            return Ok(event);
         }
         let jobs = std::iter::once((peer, job)).chain(others).map(|(peer, job)| {
             let node = self.node.clone();

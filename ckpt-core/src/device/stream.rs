@@ -97,6 +97,11 @@ impl Event {
         Self(Arc::new(state))
     }
 
+    /// A backend's state that others hold as well.
+    pub fn shared(state: Arc<impl EventState + 'static>) -> Self {
+        Self(state)
+    }
+
     /// See [`EventState::is_complete`].
     pub fn is_complete(&self) -> Result<bool> {
         self.0.is_complete()
