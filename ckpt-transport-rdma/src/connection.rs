@@ -190,7 +190,12 @@ impl Connection {
         after.chain(before).find(|lane| self.lanes[*lane].is_open())
     }
 
-    /// Polls for whoever waits.
+    /// Polls once.
+    pub(crate) fn look(&self) {
+        self.nics.iter().for_each(|nic| nic.look(&self.lanes));
+    }
+
+    /// Polls for whoever waits and goes on polling.
     pub(crate) fn help(&self) {
         self.nics.iter().for_each(|nic| nic.help(&self.lanes));
     }

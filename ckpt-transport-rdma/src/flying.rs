@@ -112,7 +112,7 @@ impl Batch<Flight> {
         if let Some(outcome) = self.waiter.completion.get().and_then(|completion| completion.outcome.get()) {
             return outcome.clone().map(|()| true);
         }
-        self.waiter.connection.help();
+        self.waiter.connection.look();
         match self.arrived() {
             Ok(true) => return Ok(true),
             Ok(false) if Instant::now() < self.waiter.deadline && !self.waiter.connection.lost.is_told() => {}

@@ -70,8 +70,10 @@ pub(crate) struct Nic {
     keys: Mutex<HashSet<u32>>,
     /// What was polled, for who polls: completions are handled in their order, so polling and handling are one step.
     polled: Mutex<[sys::Wc; POLLED]>,
-    /// Somebody who waits has polled since the thread last looked.
+    /// Somebody who waits has polled since the thread last looked, and goes on with it.
     helped: AtomicBool,
+    /// Somebody who waits has left it to the thread since then.
+    wanted: AtomicBool,
     /// The thread sleeps without having asked for an event.
     resting: AtomicBool,
     down: AtomicBool,
@@ -139,6 +141,7 @@ impl Nic {
             keys: Mutex::default(),
             polled: Mutex::default(),
             helped: AtomicBool::new(false),
+            wanted: AtomicBool::new(false),
             resting: AtomicBool::new(false),
             down: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
@@ -173,9 +176,14 @@ impl Nic {
         self.keys.lock().unwrap_or_else(PoisonError::into_inner).insert(key)
     }
 
-    /// Polls once, for somebody who waits for `lanes` and would rather not be woken.
+    /// Polls once, for somebody who waits for `lanes`, will go on polling for a short while and would rather not be woken.
     pub(crate) fn help(&self, lanes: &[Arc<Lane>]) {
         self.helped.store(true, Ordering::Relaxed);
+        self.look(lanes);
+    }
+
+    /// Polls once; what completes is mostly of `lanes`.
+    pub(crate) fn look(&self, lanes: &[Arc<Lane>]) {
         // Somebody else polls: that helps as well.
         if let Ok(mut polled) = self.polled.try_lock() {
             // An error is the thread's to find.
@@ -193,7 +201,9 @@ impl Nic {
 
     /// Requests fly that nobody helps with: the thread must look.
     pub(crate) fn attend(&self) {
-        if self.resting.load(Ordering::Acquire) {
+        // Before `resting` is asked, as the thread sets that before it looks here: one of the two sees the other.
+        self.wanted.store(true, Ordering::SeqCst);
+        if self.resting.load(Ordering::SeqCst) {
             self.wake();
         }
     }
@@ -310,7 +320,7 @@ fn poll(nic: &Arc<Nic>, mut woken: UnixStream) {
             }
         }
         // While others poll for themselves, an event for each of their completions would only cost.
-        let helped = nic.helped.swap(false, Ordering::Relaxed);
+        let helped = nic.helped.swap(false, Ordering::Relaxed) && !nic.wanted.swap(false, Ordering::SeqCst);
         if busy && spins < SPINS && !helped {
             spins += 1;
             std::thread::yield_now();
@@ -324,14 +334,20 @@ fn poll(nic: &Arc<Nic>, mut woken: UnixStream) {
             }
         }
         let fds = [nic.cq.channel_fd(), woken.as_raw_fd(), nic.context.async_fd()];
-        nic.resting.store(!armed, Ordering::Release);
+        if !armed {
+            nic.resting.store(true, Ordering::SeqCst);
+            if nic.wanted.swap(false, Ordering::SeqCst) {
+                nic.resting.store(false, Ordering::SeqCst);
+                continue;
+            }
+        }
         let timeout = match (stopped_at.is_some(), armed) {
             (true, _) => 1,
             (false, true) => TICK_MILLIS,
             (false, false) => HELPED_MILLIS,
         };
         let [event, _, asynchronous] = wait(fds, timeout);
-        nic.resting.store(false, Ordering::Release);
+        nic.resting.store(false, Ordering::SeqCst);
         if event {
             nic.cq.take_event();
             armed = false;
