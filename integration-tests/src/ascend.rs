@@ -1,11 +1,8 @@
 //! The emulator of CANN's libraries, ready to be opened. See `ascend-emulator/README.md`.
 
-use std::{
-    os::unix::fs::symlink,
-    path::{Path, PathBuf},
-};
+use std::{os::unix::fs::symlink, path::Path};
 
-use crate::Program;
+use crate::{Program, built::find};
 
 /// A folder with the emulator's two libraries under CANN's names.
 #[derive(Debug)]
@@ -41,12 +38,4 @@ impl Default for Emulator {
     fn default() -> Self {
         Self::new()
     }
-}
-
-fn find(name: &str) -> PathBuf {
-    let test = std::env::current_exe().unwrap_or_else(|error| panic!("where is this test? {error}"));
-    let near = test.ancestors().skip(1).take(2).map(|folder| folder.join(name));
-    near.into_iter().find(|path| path.exists()).unwrap_or_else(|| {
-        panic!("{name} was not built beside {}; run cargo with -p integration-tests", test.display())
-    })
 }

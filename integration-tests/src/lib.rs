@@ -2,6 +2,7 @@
 //! that misbehave, and a tiny HTTP client.
 
 pub mod ascend;
+mod built;
 mod certificate;
 mod engine;
 mod http;
@@ -9,6 +10,7 @@ mod job;
 mod process;
 mod recorder;
 pub mod schema;
+pub mod verbs;
 
 pub use certificate::Certificates;
 pub use engine::{FakeEngine, Script};

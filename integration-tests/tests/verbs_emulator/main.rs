@@ -1,0 +1,7 @@
+//! The transport `rdma` over an emulated libibverbs (`verbs-emulator/README.md`): what devices seldom do, and in any order.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod conforms;
+mod slots;
+mod support;
