@@ -168,7 +168,7 @@ impl Hca {
         assert_eq!(act(self.c_name.as_ptr()), 0, "{} has no such thing", self.name);
     }
 
-    /// Changes a setting: `hold`, `deaf`, `reuse_keys`, `dma_buf`, `max_send_wr`, `max_cqe`. The README says what they
+    /// Changes a setting: `hold`, `deaf`, `reuse_keys`, `dma_buf`, `stall`, `max_send_wr`, `max_cqe`. The README says what they
     /// mean.
     pub fn set(&self, setting: &str, value: u32) {
         let setting = c_string(setting);
@@ -209,6 +209,11 @@ impl Hca {
         self.on(|name| unsafe { (FUNCTIONS.doom)(name, nth, 0) });
     }
 
+    /// Takes back all failures and losses of requests that are still to come.
+    pub fn clear(&self) {
+        self.set("dooms", 0);
+    }
+
     /// Has the `nth` call of `function` from now, from 0, fail: `reg_mr`, `post_send`, `modify_qp to RTR`.
     pub fn refuse(&self, function: &str, errno: i32, nth: u32) {
         let function = c_string(function);
@@ -222,7 +227,7 @@ impl Hca {
         self.on(|name| unsafe { (FUNCTIONS.event)(name, event) });
     }
 
-    /// How much of `what` there is: `contexts`, `pds`, `mrs`, `channels`, `cqs`, `qps`; `held` requests; `requests` ever
+    /// How much of `what` there is: `contexts`, `pds`, `mrs`, `channels`, `cqs`, `qps`; `held` requests; `stalled` calls; `requests` ever
     /// posted, those of them that were `signalled`, the `most` at once of one queue pair; `refusals` and `dooms` that
     /// are still to come; `misuse`.
     pub fn count(&self, what: &str) -> u64 {

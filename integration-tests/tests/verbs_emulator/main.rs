@@ -3,5 +3,11 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod conforms;
+mod connecting;
+mod failures;
+mod keys;
+mod lost;
+mod ports;
+mod refused;
 mod slots;
 mod support;

@@ -3,9 +3,8 @@
 use ckpt_core::{device::Event, testkit::Random};
 use integration_tests::verbs::Hca;
 
-use crate::support::{Hosts, assert_arrived, blank, soon};
+use crate::support::{Hosts, PIECE, assert_arrived, blank, soon};
 
-const PIECE: u64 = 1 << 20;
 const DEPTH: u32 = 8;
 
 /// Releases `count` requests of the `nth` queue pair that has some; whether there was one.

@@ -3,7 +3,7 @@
 use std::{
     net::Ipv4Addr,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Weak},
     time::{Duration, Instant},
 };
 
@@ -20,6 +20,9 @@ use integration_tests::{
     LONG,
     verbs::{Host, Link, library},
 };
+
+/// What one request carries at most.
+pub const PIECE: u64 = 1 << 20;
 
 pub fn soon() -> Instant {
     Instant::now() + LONG
@@ -127,6 +130,15 @@ impl Hosts {
         })
         .await
         .unwrap();
+    }
+}
+
+/// Waits until nobody has `memory` any more.
+pub async fn freed(memory: &Weak<dyn Buffer>) {
+    let until = soon();
+    while memory.strong_count() > 0 {
+        assert!(Instant::now() < until, "the memory is still owned");
+        tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 

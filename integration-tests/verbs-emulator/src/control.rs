@@ -4,7 +4,7 @@ use std::ffi::{CStr, c_char};
 
 use crate::{
     abi, device, expose,
-    world::{Device, Fate, Settings, World, world},
+    world::{Device, Fate, GOES_ON, Settings, World, world},
 };
 
 /// # Safety
@@ -65,8 +65,10 @@ unsafe extern "C" fn verbs_emulator_add(
             deaf: false,
             reuse_keys: false,
             dma_buf: true,
+            stall: false,
         },
         misuse: Vec::new(),
+        stalled: 0,
         requests: 0,
         signalled: 0,
         most: 0,
@@ -94,9 +96,12 @@ unsafe extern "C" fn verbs_emulator_set(name: *const c_char, setting: *const c_c
             "deaf" => settings.deaf = value != 0,
             "reuse_keys" => settings.reuse_keys = value != 0,
             "dma_buf" => settings.dma_buf = value != 0,
+            "stall" => settings.stall = value != 0,
+            "dooms" if value == 0 => world.devices[device].fates.clear(),
             _ => return None,
         }
-        let hold = settings.hold;
+        GOES_ON.notify_all();
+        let hold = world.devices[device].settings.hold;
         let pairs: Vec<usize> = world.pairs_of(device).collect();
         for pair in pairs {
             world.flush(pair);
@@ -182,6 +187,7 @@ unsafe extern "C" fn verbs_emulator_count(name: *const c_char, what: *const c_ch
             "cqs" => world.cqs.values().filter(|cq| cq.device == device).count(),
             "qps" => world.qps.values().filter(|qp| qp.device == device).count(),
             "held" => world.pairs_of(device).map(|pair| world.qps[&pair].queue.len()).sum(),
+            "stalled" => known.stalled as usize,
             "misuse" => known.misuse.len() + world.misuse.len(),
             "requests" => known.requests as usize,
             "signalled" => known.signalled as usize,

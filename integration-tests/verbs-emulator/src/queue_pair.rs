@@ -1,16 +1,17 @@
 //! Queue pairs and their states.
 
-use std::{collections::VecDeque, ffi::c_int};
+use std::{collections::VecDeque, ffi::c_int, sync::PoisonError};
 
 use crate::{
     Answer, Errno, World, abi,
     abi::mask,
     discard, expose, object, outcome,
-    world::{Path, Qp, State},
+    world::{GOES_ON, Path, Qp, State, world},
 };
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ibv_create_qp(pd: *mut abi::Pd, attr: *mut abi::QpInitAttr) -> *mut abi::Qp {
+    stall(pd as usize);
     object(|world| {
         let (device, context) = world.domain(pd as usize)?;
         world.permit(device, "create_qp")?;
@@ -65,6 +66,17 @@ unsafe extern "C" fn ibv_create_qp(pd: *mut abi::Pd, attr: *mut abi::QpInitAttr)
         world.qps.insert(raw as usize, pair);
         Ok(raw)
     })
+}
+
+/// Waits as long as a test wants the device to.
+fn stall(pd: usize) {
+    let mut world = world();
+    let Ok((device, _)) = world.domain(pd) else { return };
+    world.devices[device].stalled += 1;
+    while world.devices[device].settings.stall {
+        world = GOES_ON.wait(world).unwrap_or_else(PoisonError::into_inner);
+    }
+    world.devices[device].stalled -= 1;
 }
 
 #[unsafe(no_mangle)]

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     io::{PipeReader, PipeWriter},
-    sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError},
 };
 
 use crate::{Answer, Errno, abi, memory::Memory};
@@ -20,6 +20,8 @@ pub(crate) struct Device {
     pub(crate) up: bool,
     pub(crate) settings: Settings,
     pub(crate) misuse: Vec<String>,
+    /// Calls that wait because of [`Settings::stall`].
+    pub(crate) stalled: u64,
     /// Requests that were posted, and those of them that were signalled.
     pub(crate) requests: u64,
     pub(crate) signalled: u64,
@@ -46,6 +48,8 @@ pub(crate) struct Settings {
     /// A new region gets the key of the one that was released last.
     pub(crate) reuse_keys: bool,
     pub(crate) dma_buf: bool,
+    /// Calls that make queue pairs wait.
+    pub(crate) stall: bool,
 }
 
 /// How a request ends.
@@ -173,6 +177,9 @@ pub(crate) struct World {
     /// Misuse of what is on no device, as of an object that is gone. It counts for every device.
     pub(crate) misuse: Vec<String>,
 }
+
+/// Told when a device no longer stalls.
+pub(crate) static GOES_ON: Condvar = Condvar::new();
 
 pub(crate) fn world() -> MutexGuard<'static, World> {
     static WORLD: LazyLock<Mutex<World>> = LazyLock::new(Mutex::default);
