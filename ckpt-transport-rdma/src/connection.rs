@@ -85,8 +85,16 @@ impl Connection {
         let drafts = draft(node, peer, descriptor).await?;
         let ends = drafts.iter().map(|draft| (draft.pair.1 as u32, draft.ours.clone())).collect();
         send(&mut stream, &Request::Connect(ends)).await?;
-        let Answer::Connected(answers) = receive(&mut stream).await? else {
-            return Err(Error::new(ErrorKind::Corrupt, "connect to a peer", "it answered something else"));
+        let answers = loop {
+            match receive(&mut stream).await? {
+                Answer::Connected(answers) => break answers,
+                // Nothing is known of its regions yet.
+                Answer::Released(_) => {}
+                Answer::Checked(..) => {
+                    let what = "it answered something else";
+                    return Err(Error::new(ErrorKind::Corrupt, "connect to a peer", what));
+                }
+            }
         };
         if answers.len() != drafts.len() {
             return Err(Error::new(ErrorKind::Corrupt, "connect to a peer", "it answered too little"));
