@@ -168,7 +168,7 @@ impl Hca {
         assert_eq!(act(self.c_name.as_ptr()), 0, "{} has no such thing", self.name);
     }
 
-    /// Changes a setting: `hold`, `deaf`, `reuse_keys`, `dma_buf`, `stall`, `max_send_wr`, `max_cqe`. The README says what they
+    /// Changes a setting: `hold`, `deaf`, `reuse_keys`, `dma_buf`, `mute`, `stall`, `max_send_wr`, `max_cqe`. The README says what they
     /// mean.
     pub fn set(&self, setting: &str, value: u32) {
         let setting = c_string(setting);
@@ -227,7 +227,8 @@ impl Hca {
         self.on(|name| unsafe { (FUNCTIONS.event)(name, event) });
     }
 
-    /// How much of `what` there is: `contexts`, `pds`, `mrs`, `channels`, `cqs`, `qps`; `held` requests; `stalled` calls; `requests` ever
+    /// How much of `what` there is: `contexts`, `pds`, `mrs`, `channels`, `cqs`, `qps`, those of them that have
+    /// `ended` in the error state; `held` requests; `stalled` calls; `requests` ever
     /// posted, those of them that were `signalled`, the `most` at once of one queue pair; `refusals` and `dooms` that
     /// are still to come; `misuse`.
     pub fn count(&self, what: &str) -> u64 {

@@ -56,6 +56,7 @@ async fn reads_on_other_queue_pairs_go_on() {
     hca.fail(0, REM_ACCESS_ERR);
     let (bad, good) = (blank(PIECE), blank(PIECE));
     let failing = hosts.start(0, &bad, soon());
+    hca.wait_for("held", |held| held == 1);
     let going = hosts.start(PIECE, &good, soon());
     hca.wait_for("held", |held| held == 2);
     let held = hca.held();

@@ -10,4 +10,5 @@ mod lost;
 mod ports;
 mod refused;
 mod slots;
+mod storm;
 mod support;

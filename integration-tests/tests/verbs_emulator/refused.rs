@@ -3,7 +3,7 @@
 use ckpt_core::{Error, ErrorKind, Key, device::host::HostBuffer};
 use integration_tests::verbs::{Hca, Host, Link};
 
-use crate::support::{Hosts, PIECE, blank, config, host_device, open_on, soon};
+use crate::support::{Hosts, PIECE, assert_arrived, blank, config, host_device, open_on, soon};
 
 const EINVAL: i32 = 22;
 const ENOMEM: i32 = 12;
@@ -88,6 +88,39 @@ async fn a_request_that_is_not_taken_is_an_error_and_those_before_it_end() {
         drop((event, into));
         assert_eq!((memory.strong_count(), hca.count("held")), (0, 0));
         hca.hold(false);
+        hosts.read(soon()).await.unwrap();
+        hosts.finish().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_flies_before_a_request_that_is_not_taken_has_not_arrived_yet() {
+    let hosts = Hosts::new(1, 2 * PIECE as usize, |config| config.queue_pairs = 1).await;
+    hosts.read(soon()).await.unwrap();
+    let hca = &hosts.reader_host.hcas[0];
+    hca.hold(true);
+    let (into, other) = (blank(PIECE), blank(PIECE));
+    let flying = hosts.start(0, &into, soon());
+    hca.wait_for("held", |held| held == 1);
+    hca.refuse("post_send", ENOMEM, 0);
+    let error = hosts.start(PIECE, &other, soon()).done(soon()).await.unwrap_err();
+    assert_eq!(error.get(Key::Code), Some("12"), "{error}");
+    // It was flushed, and is tried again.
+    hca.hold(false);
+    flying.done(soon()).await.unwrap();
+    assert_arrived(&into, 0);
+    drop(flying);
+    hosts.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_arrived_untold_before_a_request_that_is_not_taken_is_told() {
+    for nth in [1, 2, 5] {
+        let hosts = Hosts::new(1, 6 * PIECE as usize, |config| config.queue_pairs = 1).await;
+        // Those before it have run and were not signalled, so that no completion of theirs comes.
+        hosts.reader_host.hcas[0].refuse("post_send", ENOMEM, nth);
+        let error = hosts.read(soon()).await.unwrap_err();
+        assert_eq!(error.get(Key::Code), Some("12"), "{error}");
         hosts.read(soon()).await.unwrap();
         hosts.finish().await;
     }

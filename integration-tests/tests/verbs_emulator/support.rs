@@ -111,6 +111,18 @@ impl Hosts {
         self.reader.one_sided().unwrap().post_read(vec![op], deadline).unwrap()
     }
 
+    /// Starts to read the first `count` pieces of 64 bytes, each by a request of its own.
+    pub fn start_pieces(&self, count: u64, deadline: Instant) -> (BufferSlice, Event) {
+        let (region, into) = (Arc::new(self.region()), blank(count * 64));
+        let op = |offset| {
+            let into = into.slice(offset..offset + 64).unwrap();
+            ReadOp { region: region.clone(), offset, into }
+        };
+        let batch = (0..count).map(|piece| op(piece * 64)).collect();
+        let event = self.reader.one_sided().unwrap().post_read(batch, deadline).unwrap();
+        (into, event)
+    }
+
     /// Reads all into new memory, and compares.
     pub async fn read(&self, deadline: Instant) -> Result<()> {
         let into = blank(self.memory.len_bytes());

@@ -174,6 +174,9 @@ pub(crate) unsafe extern "C" fn poll_cq(cq: *mut abi::Cq, count: c_int, into: *m
         world.misuse(None, "polling a queue that is not there");
         return -1;
     };
+    if world.devices[queue.device].settings.mute {
+        return 0;
+    }
     let count = usize::try_from(count).unwrap_or(0).min(queue.entries.len());
     for (at, entry) in queue.entries.drain(..count).enumerate() {
         // SAFETY: the caller's array has at least so many places.
@@ -195,7 +198,15 @@ impl World {
             return self.misuse(Some(device), what);
         }
         queue.entries.push_back(entry);
-        if std::mem::take(&mut queue.armed)
+        self.tell(cq);
+    }
+
+    /// Makes an event if there are completions and somebody has asked for one.
+    pub(crate) fn tell(&mut self, cq: usize) {
+        let Some(queue) = self.cqs.get_mut(&cq) else { return };
+        let silent = queue.entries.is_empty() || self.devices[queue.device].settings.mute;
+        if !silent
+            && std::mem::take(&mut queue.armed)
             && let Some(channel) = self.channels.get_mut(&queue.channel)
         {
             channel.events.push_back(cq);

@@ -4,7 +4,7 @@ use std::ffi::{CStr, c_char};
 
 use crate::{
     abi, device, expose,
-    world::{Device, Fate, GOES_ON, Settings, World, world},
+    world::{Device, Fate, GOES_ON, Qp, Settings, State, World, world},
 };
 
 /// # Safety
@@ -65,6 +65,7 @@ unsafe extern "C" fn verbs_emulator_add(
             deaf: false,
             reuse_keys: false,
             dma_buf: true,
+            mute: false,
             stall: false,
         },
         misuse: Vec::new(),
@@ -96,6 +97,11 @@ unsafe extern "C" fn verbs_emulator_set(name: *const c_char, setting: *const c_c
             "deaf" => settings.deaf = value != 0,
             "reuse_keys" => settings.reuse_keys = value != 0,
             "dma_buf" => settings.dma_buf = value != 0,
+            "mute" => {
+                settings.mute = value != 0;
+                let queues: Vec<usize> = world.cqs.keys().copied().collect();
+                queues.into_iter().for_each(|queue| world.tell(queue));
+            }
             "stall" => settings.stall = value != 0,
             "dooms" if value == 0 => world.devices[device].fates.clear(),
             _ => return None,
@@ -186,6 +192,10 @@ unsafe extern "C" fn verbs_emulator_count(name: *const c_char, what: *const c_ch
             "channels" => world.channels.values().filter(|channel| of(&channel.context)).count(),
             "cqs" => world.cqs.values().filter(|cq| cq.device == device).count(),
             "qps" => world.qps.values().filter(|qp| qp.device == device).count(),
+            "ended" => {
+                let ended = |qp: &&Qp| qp.device == device && qp.state == State::Err;
+                world.qps.values().filter(ended).count()
+            }
             "held" => world.pairs_of(device).map(|pair| world.qps[&pair].queue.len()).sum(),
             "stalled" => known.stalled as usize,
             "misuse" => known.misuse.len() + world.misuse.len(),

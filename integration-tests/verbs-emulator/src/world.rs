@@ -48,6 +48,8 @@ pub(crate) struct Settings {
     /// A new region gets the key of the one that was released last.
     pub(crate) reuse_keys: bool,
     pub(crate) dma_buf: bool,
+    /// Completions are there but cannot be polled yet.
+    pub(crate) mute: bool,
     /// Calls that make queue pairs wait.
     pub(crate) stall: bool,
 }
