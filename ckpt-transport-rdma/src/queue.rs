@@ -42,8 +42,9 @@ impl<T> SendQueue<T> {
         let request = self.requests.get(self.flying)?;
         let number = self.first + self.flying as u64;
         self.flying += 1;
-        // The last one must be signalled, or nobody would learn of it; and some on the way, or slots never come free.
-        let last = self.flying == self.requests.len();
+        // The last one must be signalled, or nobody would learn of it: also the last for which there is a slot, as none may
+        // follow. And some on the way, or slots never come free.
+        let last = self.flying == self.requests.len() || self.flying == self.depth;
         let signalled = last || self.unsignalled + 1 >= self.depth.div_ceil(4);
         self.unsignalled = if signalled { 0 } else { self.unsignalled + 1 };
         Some((request, number, signalled))
@@ -183,10 +184,7 @@ mod tests {
                 let number = on_device.drain(..=last).next_back().map(|(number, _)| number);
                 back.extend(complete(&mut queue, number.unwrap()));
             }
-            assert!(
-                on_device.is_empty() || on_device.iter().any(|(_, signalled)| *signalled),
-                "nobody will tell"
-            );
+            assert!(on_device.back().is_none_or(|(_, signalled)| *signalled), "nobody will tell");
         }
         (back, most)
     }
