@@ -1,7 +1,7 @@
 //! One queue pair of this side, and the batches whose pieces it carries.
 
 use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError,
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError,
     atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
@@ -70,6 +70,8 @@ pub(crate) struct Lane {
     queue: Mutex<SendQueue<Piece>>,
     /// The queue takes no more; asked without its lock.
     closed: AtomicBool,
+    /// The request that the device did not take, and why.
+    refusal: OnceLock<(u64, VerbsError)>,
 }
 
 impl Lane {
@@ -82,6 +84,7 @@ impl Lane {
             remote_nic,
             queue: Mutex::new(SendQueue::new(depth as usize, first)),
             closed: AtomicBool::new(false),
+            refusal: OnceLock::new(),
         });
         nic.add_lane(lane.number(), &lane);
         lane
@@ -120,22 +123,41 @@ impl Lane {
 
     fn pump(&self, queue: &mut SendQueue<Piece>, returned: &mut Returned) {
         while let Some((piece, number, signalled)) = queue.start() {
-            let Piece { batch, part, remote_key } = piece;
-            let memory = &part.transfer.memory;
-            let local = Sge {
-                addr: memory.address(),
-                length: memory.len_bytes() as u32,
-                lkey: part.registered.local_key(self.nic.index),
-            };
-            let remote = (part.remote_address(), *remote_key);
-            // SAFETY: the piece owns memory and registration, and stays in `queue` until its completion was polled or
-            // the queue pair was destroyed; the caller of the transport lets nobody else write it.
-            let posted = unsafe { self.qp.post(opcode(batch.way), number, local, remote, signalled) };
-            if let Err(error) = posted {
-                // The device has not taken it. Those before it may be unsignalled: the error state flushes them.
-                self.fail(queue, number, &error, returned);
-                return self.end_queue_pair();
+            if let Err(error) = self.post(piece, number, signalled) {
+                return self.refused(queue, number, error, returned);
             }
+        }
+    }
+
+    fn post(&self, piece: &Piece, number: u64, signalled: bool) -> Result<(), VerbsError> {
+        let Piece { batch, part, remote_key } = piece;
+        let memory = &part.transfer.memory;
+        let local = Sge {
+            addr: memory.address(),
+            length: memory.len_bytes() as u32,
+            lkey: part.registered.local_key(self.nic.index),
+        };
+        let remote = (part.remote_address(), *remote_key);
+        // SAFETY: the piece owns memory and registration, and stays in `queue` until its completion was polled or the
+        // queue pair was destroyed; the caller of the transport lets nobody else write it.
+        unsafe { self.qp.post(opcode(batch.way), number, local, remote, signalled) }
+    }
+
+    /// The device has not taken a request, the last that was started. What becomes of those before it is not known yet, and
+    /// the device may never tell of those that are unsignalled. So the request is posted again, signalled, behind the end of
+    /// the queue pair: there it only completes, after them.
+    #[cold]
+    fn refused(&self, queue: &mut SendQueue<Piece>, number: u64, error: VerbsError, returned: &mut Returned) {
+        self.closed.store(true, Ordering::Release);
+        returned.failed(queue.close(), &FLUSHED);
+        self.end_queue_pair();
+        let again = queue.newest().map(|piece| self.post(piece, number, true));
+        if let Some(Ok(())) = again {
+            // Completions are handled under the queue's lock, which the caller has. A closed lane refuses nothing else.
+            let _ = self.refusal.set((number, error));
+        } else {
+            // Those before it have their own completions if they are flushed.
+            returned.failed(queue.take_back(), &error);
         }
     }
 
@@ -151,7 +173,9 @@ impl Lane {
             }
             status => {
                 let error = VerbsError::Completion { status, vendor: completion.vendor_err };
-                self.fail(&mut queue, number, &error, &mut returned);
+                let refusal = self.refusal.get().filter(|(refused, _)| *refused == number);
+                let error = refusal.map_or(&error, |(_, why)| why);
+                self.fail(&mut queue, number, error, &mut returned);
             }
         }
         drop(queue);

@@ -88,6 +88,17 @@ impl<T> SendQueue<T> {
         self.requests.drain(self.flying..)
     }
 
+    /// The request that was started last.
+    pub(crate) fn newest(&self) -> Option<&T> {
+        self.requests.get(self.flying.checked_sub(1)?)
+    }
+
+    /// Gives the request back that was started last, which the device has not taken. The queue must be closed.
+    pub(crate) fn take_back(&mut self) -> Option<T> {
+        self.flying = self.flying.checked_sub(1)?;
+        self.requests.remove(self.flying)
+    }
+
     /// Whether no request is on the device.
     pub(crate) fn is_idle(&self) -> bool {
         self.flying == 0
@@ -162,6 +173,24 @@ mod tests {
         assert!(!queue.is_idle());
         assert_eq!(queue.abandon(), [3]);
         assert!(queue.is_idle());
+    }
+
+    #[test]
+    fn a_request_that_is_not_taken_says_nothing_of_those_before_it() {
+        let mut queue = SendQueue::new(4, 0);
+        for request in 0..6 {
+            queue.push(request).unwrap();
+        }
+        assert_eq!(queue.newest(), None);
+        while queue.start().is_some_and(|(_, number, _)| number < 2) {}
+        assert_eq!(queue.newest(), Some(&2));
+        assert_eq!(queue.close().collect::<Vec<_>>(), [3, 4, 5]);
+        assert_eq!(queue.take_back(), Some(2));
+        assert_eq!(fail(&mut queue, 0).1, Some(0));
+        assert!(!queue.is_idle());
+        assert_eq!(fail(&mut queue, 1), (vec![], Some(1)));
+        assert!(queue.is_idle());
+        assert_eq!(queue.take_back(), None);
     }
 
     /// A device that takes at most `depth` requests, completes them in order, and tells only of signalled ones.
