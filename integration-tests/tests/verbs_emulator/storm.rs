@@ -26,30 +26,38 @@ struct Read {
     deadline: Instant,
 }
 
-fn start(hosts: &Hosts, random: &mut Random) -> Read {
-    let total = hosts.memory.len_bytes();
-    let len = match random.below(3) {
-        0 => 1 + random.below(100),
-        1 => PIECE,
-        _ => 1 + random.below(6 * PIECE),
+/// `None` if its deadline was over before it began.
+fn start(hosts: &Hosts, random: &mut Random) -> Option<Read> {
+    let (len, piece) = match random.below(4) {
+        0 => (1 + random.below(100), PIECE),
+        1 => (PIECE, PIECE),
+        2 => (64 * (1 + random.below(30)), 64),
+        _ => (1 + random.below(6 * PIECE), 6 * PIECE),
     };
-    let (offset, into) = (random.below(total - len + 1), blank(len));
+    let (offset, into) = (random.below(hosts.memory.len_bytes() - len + 1), blank(len));
     let millis = if random.one_in(4) { 1 + random.below(60) } else { 30_000 };
     let deadline = Instant::now() + Duration::from_millis(millis);
-    let event = hosts.start(offset, &into, deadline);
-    Read { offset, memory: Arc::downgrade(into.buffer()), into, event, deadline }
+    match hosts.post(hosts.ops(offset, &into, piece), deadline) {
+        Ok(event) => Some(Read { offset, memory: Arc::downgrade(into.buffer()), into, event, deadline }),
+        Err(error) => {
+            assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+            None
+        }
+    }
 }
 
 /// What may happen to a device of the reader's.
 fn disturb(hca: &Hca, random: &mut Random) {
-    match random.below(8) {
+    match random.below(10) {
         0 => hca.fail(random.below(12), STATUSES[random.below(4) as usize]),
         1 => hca.lose(random.below(12)),
         2 => hca.event(PORT_ERR),
         3 => hca.event(PORT_ACTIVE),
         4 => hca.hold(true),
         5 => hca.hold(false),
-        6 => {
+        6 => hca.set("mute", 1),
+        7 => hca.set("mute", 0),
+        8 => {
             let calls = ["post_send", "create_qp", "modify_qp to RTS", "modify_qp to ERR", "reg_mr"];
             hca.refuse(calls[random.below(5) as usize], 12, random.below(3) as u32);
         }
@@ -65,14 +73,14 @@ async fn storm(hosts: &Hosts, random: &mut Random) {
     let hcas = &hosts.reader_host.hcas;
     let mut reads: Vec<Read> = Vec::new();
     let mut left: Vec<Weak<dyn Buffer>> = Vec::new();
-    for _ in 0..40 {
-        match random.below(4) {
-            0 => reads.push(start(hosts, random)),
-            1 if !reads.is_empty() && random.one_in(3) => {
+    for _ in 0..100 {
+        match random.below(5) {
+            0 | 1 => reads.extend(start(hosts, random)),
+            2 if !reads.is_empty() && random.one_in(3) => {
                 let read = reads.swap_remove(random.below(reads.len() as u64) as usize);
                 left.push(read.memory.clone());
             }
-            2 => tokio::task::yield_now().await,
+            3 => tokio::task::yield_now().await,
             _ => disturb(&hcas[random.below(hcas.len() as u64) as usize], random),
         }
         for read in &reads {
@@ -82,6 +90,7 @@ async fn storm(hosts: &Hosts, random: &mut Random) {
         }
     }
     for hca in hcas {
+        hca.set("mute", 0);
         hca.hold(false);
         hca.event(PORT_ACTIVE);
         hca.clear();
@@ -120,14 +129,13 @@ async fn storm(hosts: &Hosts, random: &mut Random) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reads_end_whatever_the_devices_do() {
-    let seeds = match std::env::var("CKPT_TEST_SEED") {
-        Ok(seed) => seed.parse().map(|seed| seed..seed + 1).unwrap(),
-        Err(_) => 0..30u64,
-    };
+    let number = |name: &str| std::env::var(name).ok().map(|number| number.parse::<u64>().unwrap());
+    let first = number("CKPT_VERBS_SEED").unwrap_or(0);
+    let seeds = first..first + number("CKPT_VERBS_SEEDS").unwrap_or(8);
     for seed in seeds {
         println!("seed {seed}");
         let hosts =
-            Hosts::new(2, (8 * PIECE) as usize, |config| (config.depth, config.queue_pairs) = (4, 2)).await;
+            Hosts::new(2, (8 * PIECE) as usize, |config| (config.depth, config.queue_pairs) = (5, 2)).await;
         storm(&hosts, &mut Random::new(seed)).await;
         hosts.finish().await;
     }

@@ -105,21 +105,31 @@ impl Hosts {
         self.registration.region().clone()
     }
 
+    /// Requests that read `into` from `offset` on, each at most `piece` bytes.
+    pub fn ops(&self, offset: u64, into: &BufferSlice, piece: u64) -> Vec<ReadOp> {
+        let region = Arc::new(self.region());
+        let starts = (0..into.len_bytes()).step_by(piece as usize);
+        let op = |start: u64| ReadOp {
+            region: region.clone(),
+            offset: offset + start,
+            into: into.slice(start..into.len_bytes().min(start + piece)).unwrap(),
+        };
+        starts.map(op).collect()
+    }
+
+    pub fn post(&self, batch: Vec<ReadOp>, deadline: Instant) -> Result<Event> {
+        self.reader.one_sided().unwrap().post_read(batch, deadline)
+    }
+
     /// Starts to read `into.len_bytes()` from `offset`.
     pub fn start(&self, offset: u64, into: &BufferSlice, deadline: Instant) -> Event {
-        let op = ReadOp { region: Arc::new(self.region()), offset, into: into.clone() };
-        self.reader.one_sided().unwrap().post_read(vec![op], deadline).unwrap()
+        self.post(self.ops(offset, into, u64::MAX >> 1), deadline).unwrap()
     }
 
     /// Starts to read the first `count` pieces of 64 bytes, each by a request of its own.
     pub fn start_pieces(&self, count: u64, deadline: Instant) -> (BufferSlice, Event) {
-        let (region, into) = (Arc::new(self.region()), blank(count * 64));
-        let op = |offset| {
-            let into = into.slice(offset..offset + 64).unwrap();
-            ReadOp { region: region.clone(), offset, into }
-        };
-        let batch = (0..count).map(|piece| op(piece * 64)).collect();
-        let event = self.reader.one_sided().unwrap().post_read(batch, deadline).unwrap();
+        let into = blank(count * 64);
+        let event = self.post(self.ops(0, &into, 64), deadline).unwrap();
         (into, event)
     }
 
