@@ -1,9 +1,12 @@
 //! How many requests fly, which of them are signalled, and completions in any order.
 
-use ckpt_core::{device::Event, testkit::Random};
-use integration_tests::verbs::Hca;
+use ckpt_core::{
+    device::{Event, host::HostBuffer},
+    testkit::Random,
+};
+use integration_tests::verbs::{Hca, Host, Link, PORT_ACTIVE, PORT_ERR};
 
-use crate::support::{Hosts, PIECE, assert_arrived, blank, soon};
+use crate::support::{Hosts, PIECE, assert_arrived, blank, bytes, soon};
 
 const DEPTH: u32 = 8;
 
@@ -63,6 +66,30 @@ async fn the_last_request_is_signalled_whatever_its_place() {
         event.done(soon()).await.unwrap();
         assert_arrived(&into, 0);
     }
+    hosts.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_completion_queue_has_room_for_all_that_can_be_flushed() {
+    let hosts = [Host::new(Link::Ethernet, 1), Host::new(Link::Ethernet, 1)];
+    // Fewer than two queue pairs' depth.
+    hosts[1].hcas[0].set("max_cqe", 100);
+    let memory = HostBuffer::from_bytes(&bytes(1 << 16)).unwrap();
+    let hosts = Hosts::on(hosts, memory, |config| (config.depth, config.queue_pairs) = (64, 2)).await;
+    let hca = &hosts.reader_host.hcas[0];
+    hca.hold(true);
+    let (into, read) = hosts.start_pieces(300, soon());
+    hca.wait_for("held", |held| held > 0);
+    // All that was posted is flushed before one completion is polled.
+    hca.set("mute", 1);
+    hca.event(PORT_ERR);
+    hca.wait_for("ended", |pairs| pairs == 2);
+    assert_eq!(hca.count("held"), 0);
+    hca.hold(false);
+    hca.event(PORT_ACTIVE);
+    hca.set("mute", 0);
+    read.done(soon()).await.unwrap();
+    assert_arrived(&into, 0);
     hosts.finish().await;
 }
 
