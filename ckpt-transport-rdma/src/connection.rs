@@ -352,10 +352,11 @@ async fn finish(node: &Arc<Node>, drafts: Vec<Draft>, answers: Vec<Result<End>>)
                 let named = |e: crate::VerbsError| Error::from(e).with(Key::Hca, nic.name());
                 qp.to_rtr(&path(&node, nic, &theirs, mtu, reads)).map_err(named)?;
                 let (timeout, retries) = (node.config.timeout, node.config.retry_count);
-                qp.to_rts(ours.psn, reads, timeout, retries).map_err(named)
+                qp.to_rts(ours.psn, reads, timeout, retries).map_err(named)?;
+                nic.room.take(nic.depth).ok_or_else(|| no_room(nic))
             });
             match connected {
-                Ok(()) => lanes.push(Lane::new(qp, nic.clone(), lanes.len(), pair.1, nic.depth)),
+                Ok(room) => lanes.push(Lane::new(qp, nic.clone(), lanes.len(), pair.1, room)),
                 Err(error) => {
                     tracing::warn!(%error, hca = nic.name(), "a pair of RDMA devices cannot be connected");
                     failed.push((pair, error));
@@ -373,6 +374,11 @@ async fn finish(node: &Arc<Node>, drafts: Vec<Draft>, answers: Vec<Result<End>>)
         }
     })
     .await
+}
+
+fn no_room(nic: &Nic) -> Error {
+    let what = "too many queue pairs are open for the completion queue of this device; lower CKPT_RDMA_QPS";
+    Error::new(ErrorKind::ResourceExhausted, "connect to a peer", what).with(Key::Hca, nic.name())
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {

@@ -12,6 +12,7 @@ use crate::{
     error::VerbsError,
     nic::Nic,
     queue::SendQueue,
+    room::Share,
     sys::{self, Sge},
     verbs::Qp,
 };
@@ -72,19 +73,22 @@ pub(crate) struct Lane {
     closed: AtomicBool,
     /// The request that the device did not take, and why.
     refusal: OnceLock<(u64, VerbsError)>,
+    /// Where its completions have room: as many as fly at most.
+    _room: Share,
 }
 
 impl Lane {
-    pub(crate) fn new(qp: Qp, nic: Arc<Nic>, index: usize, remote_nic: usize, depth: u32) -> Arc<Self> {
+    pub(crate) fn new(qp: Qp, nic: Arc<Nic>, index: usize, remote_nic: usize, room: Share) -> Arc<Self> {
         let first = LANES.fetch_add(1, Ordering::Relaxed) << 40;
         let lane = Arc::new(Self {
             qp,
             nic: nic.clone(),
             index,
             remote_nic,
-            queue: Mutex::new(SendQueue::new(depth as usize, first)),
+            queue: Mutex::new(SendQueue::new(room.entries as usize, first)),
             closed: AtomicBool::new(false),
             refusal: OnceLock::new(),
+            _room: room,
         });
         nic.add_lane(lane.number(), &lane);
         lane

@@ -23,6 +23,7 @@ mod numa;
 mod owner;
 mod pair;
 mod queue;
+mod room;
 mod sys;
 mod transport;
 #[cfg(feature = "ucx")]

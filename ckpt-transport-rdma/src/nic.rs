@@ -21,12 +21,14 @@ use crate::{
     config::RdmaConfig,
     lane::Lane,
     library::Api,
-    numa, sys,
+    numa,
+    room::Room,
+    sys,
     verbs::{Context, Cq, Pd, Qp},
 };
 
-/// Completions of all lanes of one NIC.
-const CQ_ENTRIES: i32 = 8192;
+/// Completions of all lanes of one NIC: enough for hundreds that have the usual depth.
+const CQ_ENTRIES: i32 = 1 << 15;
 /// Completions that are taken at once.
 const POLLED: usize = 32;
 /// Empty polls while requests fly, before the thread sleeps on the channel.
@@ -63,6 +65,8 @@ pub(crate) struct Nic {
     pub(crate) depth: u32,
     pub(crate) pd: Arc<Pd>,
     cq: Arc<Cq>,
+    /// The entries of `cq` that no lane has.
+    pub(crate) room: Arc<Room>,
     context: Arc<Context>,
     /// By the number of the queue pair.
     lanes: Mutex<BTreeMap<u32, Arc<Lane>>>,
@@ -115,7 +119,8 @@ impl Nic {
             return Err(failed(ErrorKind::Unavailable, format!("the port's state is {}", attr.state)));
         }
         let pd = Pd::new(&context).map_err(named)?;
-        let cq = Cq::new(&context, CQ_ENTRIES.min(limits.max_cqe)).map_err(named)?;
+        let entries = CQ_ENTRIES.min(limits.max_cqe);
+        let cq = Cq::new(&context, entries).map_err(named)?;
         let io = |e: std::io::Error| failed(ErrorKind::Backend, "no socket pair".to_owned()).caused_by(e);
         let (wake, woken) = UnixStream::pair().map_err(io)?;
         wake.set_nonblocking(true).and_then(|()| woken.set_nonblocking(true)).map_err(io)?;
@@ -136,6 +141,7 @@ impl Nic {
             depth: config.depth.min(limits.max_qp_wr.max(2) as u32),
             pd,
             cq,
+            room: Room::new(entries.max(0) as u32),
             context,
             lanes: Mutex::default(),
             keys: Mutex::default(),

@@ -79,7 +79,7 @@ async fn a_completion_queue_has_room_for_all_that_can_be_flushed() {
     let hca = &hosts.reader_host.hcas[0];
     hca.hold(true);
     let (into, read) = hosts.start_pieces(300, soon());
-    hca.wait_for("held", |held| held > 0);
+    hca.wait_for("held", |_| hca.held().len() == 2);
     // All that was posted is flushed before one completion is polled.
     hca.set("mute", 1);
     hca.event(PORT_ERR);
