@@ -73,6 +73,8 @@ pub(crate) struct Lane {
     closed: AtomicBool,
     /// The request that the device did not take, and why.
     refusal: OnceLock<(u64, VerbsError)>,
+    /// That request is still to be posted again; changed under the queue's lock.
+    unposted: AtomicBool,
     /// Where its completions have room: as many as fly at most.
     _room: Share,
 }
@@ -88,6 +90,7 @@ impl Lane {
             queue: Mutex::new(SendQueue::new(room.entries as usize, first)),
             closed: AtomicBool::new(false),
             refusal: OnceLock::new(),
+            unposted: AtomicBool::new(false),
             _room: room,
         });
         nic.add_lane(lane.number(), &lane);
@@ -108,7 +111,9 @@ impl Lane {
     }
 
     pub(crate) fn is_idle(&self) -> bool {
-        self.lock().is_idle()
+        let queue = self.lock();
+        self.post_again(&queue);
+        queue.is_idle()
     }
 
     /// Posts `pieces`, or keeps them until slots are free.
@@ -155,13 +160,23 @@ impl Lane {
         self.closed.store(true, Ordering::Release);
         returned.failed(queue.close(), &FLUSHED);
         self.end_queue_pair();
-        let again = queue.newest().map(|piece| self.post(piece, number, true));
-        if let Some(Ok(())) = again {
-            // Completions are handled under the queue's lock, which the caller has. A closed lane refuses nothing else.
-            let _ = self.refusal.set((number, error));
-        } else {
-            // Those before it have their own completions if they are flushed.
-            returned.failed(queue.take_back(), &error);
+        // A closed lane posts nothing else, so there is no other refusal.
+        let _ = self.refusal.set((number, error));
+        self.unposted.store(true, Ordering::Relaxed);
+        self.post_again(queue);
+    }
+
+    /// Posts the request again that was refused, if that is still to be done. The send queue may be full until completions
+    /// have been polled.
+    fn post_again(&self, queue: &SendQueue<Piece>) {
+        if !self.unposted.load(Ordering::Relaxed) {
+            return;
+        }
+        if let Some((number, _)) = self.refusal.get()
+            && let Some(piece) = queue.newest()
+            && self.post(piece, *number, true).is_ok()
+        {
+            self.unposted.store(false, Ordering::Relaxed);
         }
     }
 

@@ -115,10 +115,14 @@ async fn what_flies_before_a_request_that_is_not_taken_has_not_arrived_yet() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_arrived_untold_before_a_request_that_is_not_taken_is_told() {
-    for nth in [1, 2, 5] {
+    for (nth, again) in [(1, 0), (2, 0), (5, 0), (2, 1), (5, 3)] {
         let hosts = Hosts::new(1, 6 * PIECE as usize, |config| config.queue_pairs = 1).await;
         // Those before it have run and were not signalled, so that no completion of theirs comes.
-        hosts.reader_host.hcas[0].refuse("post_send", ENOMEM, nth);
+        let hca = &hosts.reader_host.hcas[0];
+        hca.refuse("post_send", ENOMEM, nth);
+        for _ in 0..again {
+            hca.refuse("post_send", ENOMEM, 0);
+        }
         let error = hosts.read(soon()).await.unwrap_err();
         assert_eq!(error.get(Key::Code), Some("12"), "{error}");
         hosts.read(soon()).await.unwrap();

@@ -8,12 +8,13 @@ use std::{
 
 use ckpt_core::{
     ErrorKind,
-    device::{Buffer, BufferSlice, Event},
+    device::{Buffer, BufferSlice, Event, host::HostBuffer},
     testkit::Random,
+    transport::WriteOp,
 };
 use integration_tests::verbs::{Hca, PORT_ACTIVE, PORT_ERR};
 
-use crate::support::{Hosts, PIECE, assert_arrived, blank, freed, soon};
+use crate::support::{Hosts, PIECE, assert_arrived, blank, bytes, freed, soon};
 
 /// `ibv_wc_status` of failures that devices report.
 const STATUSES: [u32; 4] = [4, 9, 10, 12];
@@ -34,14 +35,36 @@ fn start(hosts: &Hosts, random: &mut Random) -> Option<Read> {
         2 => (64 * (1 + random.below(30)), 64),
         _ => (1 + random.below(6 * PIECE), 6 * PIECE),
     };
-    let (offset, into) = (random.below(hosts.memory.len_bytes() - len + 1), blank(len));
+    let (offset, mut into) = (random.below(hosts.memory.len_bytes() - len + 1), blank(len));
     let millis = if random.one_in(4) { 1 + random.below(60) } else { 30_000 };
     let deadline = Instant::now() + Duration::from_millis(millis);
-    match hosts.post(hosts.ops(offset, &into, piece), deadline) {
+    // A write brings the bytes that are there already, so that reads may go on.
+    let started = if random.one_in(4) {
+        let content = &bytes((offset + len) as usize)[offset as usize..];
+        let from = BufferSlice::whole(HostBuffer::from_bytes(content).unwrap());
+        into = from.clone();
+        let op = WriteOp { region: Arc::new(hosts.region()), offset, from };
+        hosts.reader.one_sided().unwrap().post_write(vec![op], deadline)
+    } else {
+        hosts.post(hosts.ops(offset, &into, piece), deadline)
+    };
+    match started {
         Ok(event) => Some(Read { offset, memory: Arc::downgrade(into.buffer()), into, event, deadline }),
         Err(error) => {
             assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
             None
+        }
+    }
+}
+
+/// What may happen to a device of the owner's.
+fn disturb_owner(hca: &Hca, random: &mut Random) {
+    match random.below(4) {
+        0 => hca.event(PORT_ERR),
+        1 => hca.event(PORT_ACTIVE),
+        _ => {
+            let calls = ["create_qp", "modify_qp to INIT", "modify_qp to RTR"];
+            hca.refuse(calls[random.below(3) as usize], 12, random.below(3) as u32);
         }
     }
 }
@@ -80,6 +103,10 @@ async fn storm(hosts: &Hosts, random: &mut Random) {
                 let read = reads.swap_remove(random.below(reads.len() as u64) as usize);
                 left.push(read.memory.clone());
             }
+            3 if random.one_in(4) => {
+                let hca = &hosts.owner_host.hcas[random.below(2) as usize];
+                disturb_owner(hca, random);
+            }
             3 => tokio::task::yield_now().await,
             _ => disturb(&hcas[random.below(hcas.len() as u64) as usize], random),
         }
@@ -89,6 +116,7 @@ async fn storm(hosts: &Hosts, random: &mut Random) {
             }
         }
     }
+    hosts.owner_host.hcas.iter().for_each(|hca| hca.event(PORT_ACTIVE));
     for hca in hcas {
         hca.set("mute", 0);
         hca.hold(false);
