@@ -208,9 +208,10 @@ impl Connection {
         self.nics.iter().for_each(|nic| nic.help(&self.lanes));
     }
 
-    /// Nobody polls for what flies here: the devices' threads must.
-    pub(crate) fn attend(&self) {
-        self.nics.iter().for_each(|nic| nic.attend());
+    /// The devices' threads must look after what flies here while the answer lives.
+    pub(crate) fn rely(self: &Arc<Self>) -> Reliance {
+        self.nics.iter().for_each(|nic| nic.rely());
+        Reliance(self.clone())
     }
 
     /// Ends all lanes; reads in flight fail.
@@ -223,6 +224,15 @@ impl Drop for Connection {
     fn drop(&mut self) {
         self.listening.abort();
         self.kill();
+    }
+}
+
+/// Of a batch whose waiter does not poll, or not long enough.
+pub(crate) struct Reliance(Arc<Connection>);
+
+impl Drop for Reliance {
+    fn drop(&mut self) {
+        self.0.nics.iter().for_each(|nic| nic.let_go());
     }
 }
 

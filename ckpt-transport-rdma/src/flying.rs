@@ -13,13 +13,13 @@ use std::{
 use async_trait::async_trait;
 use ckpt_core::{
     Result,
-    device::{Event, EventState},
+    device::EventState,
     transport::Way,
 };
 
 use crate::{
     batch::Batch,
-    connection::Connection,
+    connection::{Connection, Reliance},
     ending::{Completion, Ended},
     mover,
     node::Node,
@@ -35,6 +35,8 @@ pub(crate) struct Flight {
     pub(crate) connection: Arc<Connection>,
     small: bool,
     deadline: Instant,
+    /// Of a batch that is not small.
+    _reliance: Option<Reliance>,
     /// For the task that takes it over.
     batch: Weak<Batch<Self>>,
     /// Such a task is there.
@@ -54,18 +56,18 @@ pub(crate) fn batch(
 ) -> Arc<Batch<Flight>> {
     let small = bytes <= POLLED_BYTES;
     Arc::new_cyclic(|batch| {
-        let (attended, completion) = (AtomicBool::new(false), OnceLock::new());
-        let (node, batch) = (node.clone(), batch.clone());
-        Batch::new(way, parts, Flight { node, connection, small, deadline, batch, attended, completion })
+        let waiter = Flight {
+            node: node.clone(),
+            small,
+            deadline,
+            _reliance: (!small).then(|| connection.rely()),
+            connection,
+            batch: batch.clone(),
+            attended: AtomicBool::new(false),
+            completion: OnceLock::new(),
+        };
+        Batch::new(way, parts, waiter)
     })
-}
-
-/// The event of a batch that the devices have now.
-pub(crate) fn event(batch: Arc<Batch<Flight>>) -> Event {
-    if !batch.waiter.small {
-        batch.waiter.connection.attend();
-    }
-    Event::shared(batch)
 }
 
 impl Batch<Flight> {
@@ -157,7 +159,7 @@ impl EventState for Batch<Flight> {
         if self.look()? {
             return Ok(());
         }
-        self.waiter.connection.attend();
+        let _reliance = self.waiter.small.then(|| self.waiter.connection.rely());
         let leaving = Leaving(Some(self));
         let waited = async {
             tokio::select! {

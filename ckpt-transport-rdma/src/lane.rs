@@ -1,7 +1,7 @@
 //! One queue pair of this side, and the batches whose pieces it carries.
 
 use std::sync::{
-    Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError,
     atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
@@ -110,10 +110,16 @@ impl Lane {
         !self.closed.load(Ordering::Acquire)
     }
 
-    pub(crate) fn is_idle(&self) -> bool {
-        let queue = self.lock();
+    /// Does what is still to be done, and answers whether requests fly. Does not wait for whoever posts, who may post again
+    /// and again: then requests fly.
+    pub(crate) fn tend(&self) -> bool {
+        let queue = match self.queue.try_lock() {
+            Ok(queue) => queue,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return true,
+        };
         self.post_again(&queue);
-        queue.is_idle()
+        !queue.is_idle()
     }
 
     /// Posts `pieces`, or keeps them until slots are free.

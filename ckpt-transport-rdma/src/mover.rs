@@ -79,7 +79,7 @@ pub(crate) fn post_one(
     let remote_key = descriptor.key(lane.remote_nic);
     let part = Part { transfer, registered, descriptor };
     lane.submit([Piece { batch: batch.clone(), part, remote_key }]);
-    Ok(flying::event(batch))
+    Ok(Event::shared(batch))
 }
 
 /// Posts the batch if nothing has to be waited for before: registered, and known to the owner.
@@ -107,7 +107,7 @@ pub(crate) fn post_now(
     }
     let batch = flying::batch(node, connection, job.way, parts.len(), bytes, deadline);
     submit(&lanes, &(batch.clone() as Arc<Batch>), parts);
-    Some(flying::event(batch))
+    Some(Event::shared(batch))
 }
 
 /// Goes on with a batch that was posted at once.
@@ -330,7 +330,7 @@ fn submit(lanes: &[&Arc<Lane>], batch: &Arc<Batch>, parts: Parts) {
 /// Waits until none of the batch is on a device; answers what failed.
 async fn settled(connection: &Arc<Connection>, batch: Arc<Batch>, current: &Current) -> Vec<Failure> {
     *current.lock().unwrap_or_else(PoisonError::into_inner) = Some((connection.clone(), batch.clone()));
-    connection.attend();
+    let _reliance = connection.rely();
     let failures = tokio::select! {
         failures = batch.finished() => failures,
         () = connection.lost.told() => {

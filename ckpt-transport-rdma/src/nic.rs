@@ -6,7 +6,7 @@ use std::{
     os::{fd::AsRawFd, unix::net::UnixStream},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -76,8 +76,8 @@ pub(crate) struct Nic {
     polled: Mutex<[sys::Wc; POLLED]>,
     /// Somebody who waits has polled since the thread last looked, and goes on with it.
     helped: AtomicBool,
-    /// Somebody who waits has left it to the thread since then.
-    wanted: AtomicBool,
+    /// How many rely on the thread.
+    relied_on: AtomicUsize,
     /// The thread sleeps without having asked for an event.
     resting: AtomicBool,
     down: AtomicBool,
@@ -147,7 +147,7 @@ impl Nic {
             keys: Mutex::default(),
             polled: Mutex::default(),
             helped: AtomicBool::new(false),
-            wanted: AtomicBool::new(false),
+            relied_on: AtomicUsize::new(0),
             resting: AtomicBool::new(false),
             down: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
@@ -205,13 +205,31 @@ impl Nic {
         }
     }
 
-    /// Requests fly that nobody helps with: the thread must look.
-    pub(crate) fn attend(&self) {
+    /// Requests fly that the thread must look after, until [`Self::let_go`].
+    pub(crate) fn rely(&self) {
         // Before `resting` is asked, as the thread sets that before it looks here: one of the two sees the other.
-        self.wanted.store(true, Ordering::SeqCst);
+        self.relied_on.fetch_add(1, Ordering::SeqCst);
         if self.resting.load(Ordering::SeqCst) {
             self.wake();
         }
+    }
+
+    /// See [`Self::rely`].
+    pub(crate) fn let_go(&self) {
+        self.relied_on.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Polls and handles what has completed; answers how much that was.
+    fn take_completions(&self) -> usize {
+        let mut polled = self.polled.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = self.cq.poll(&mut *polled).unwrap_or_else(|error| {
+            tracing::error!(%error, hca = self.name(), "completions cannot be polled");
+            self.down.store(true, Ordering::Relaxed);
+            self.stopping.store(true, Ordering::Release);
+            0
+        });
+        polled.iter().take(found).for_each(|completion| self.dispatch(completion));
+        found
     }
 
     /// Whether the port was last heard to be up.
@@ -256,9 +274,9 @@ impl Nic {
         let mut busy = false;
         let mut ended = Vec::new();
         self.lock().retain(|_, lane| {
-            let idle = lane.is_idle();
-            busy |= !idle;
-            let keep = !idle || lane.is_open();
+            let flies = lane.tend();
+            busy |= flies;
+            let keep = flies || lane.is_open();
             if !keep {
                 ended.push(lane.clone());
             }
@@ -299,17 +317,10 @@ fn poll(nic: &Arc<Nic>, mut woken: UnixStream) {
     let (mut spins, mut armed) = (0, false);
     let mut stopped_at = None;
     loop {
-        let found = {
-            let mut polled = nic.polled.lock().unwrap_or_else(PoisonError::into_inner);
-            let found = nic.cq.poll(&mut *polled).unwrap_or_else(|error| {
-                tracing::error!(%error, hca = nic.name(), "completions cannot be polled");
-                nic.down.store(true, Ordering::Relaxed);
-                nic.stopping.store(true, Ordering::Release);
-                0
-            });
-            polled.iter().take(found).for_each(|completion| nic.dispatch(completion));
-            found
-        };
+        // Whoever polls handles all completions: the thread would only fight with them for locks, and an event for each
+        // completion would only cost.
+        let helped = nic.helped.swap(false, Ordering::Relaxed) && nic.relied_on.load(Ordering::SeqCst) == 0;
+        let found = if helped { 0 } else { nic.take_completions() };
         if found > 0 {
             spins = 0;
             continue;
@@ -325,8 +336,6 @@ fn poll(nic: &Arc<Nic>, mut woken: UnixStream) {
                 return drop(lanes);
             }
         }
-        // While others poll for themselves, an event for each of their completions would only cost.
-        let helped = nic.helped.swap(false, Ordering::Relaxed) && !nic.wanted.swap(false, Ordering::SeqCst);
         if busy && spins < SPINS && !helped {
             spins += 1;
             std::thread::yield_now();
@@ -342,15 +351,15 @@ fn poll(nic: &Arc<Nic>, mut woken: UnixStream) {
         let fds = [nic.cq.channel_fd(), woken.as_raw_fd(), nic.context.async_fd()];
         if !armed {
             nic.resting.store(true, Ordering::SeqCst);
-            if nic.wanted.swap(false, Ordering::SeqCst) {
+            if nic.relied_on.load(Ordering::SeqCst) > 0 {
                 nic.resting.store(false, Ordering::SeqCst);
                 continue;
             }
         }
-        let timeout = match (stopped_at.is_some(), armed) {
-            (true, _) => 1,
-            (false, true) => TICK_MILLIS,
-            (false, false) => HELPED_MILLIS,
+        let timeout = match stopped_at {
+            Some(_) => 1,
+            None if armed && !helped => TICK_MILLIS,
+            None => HELPED_MILLIS,
         };
         let [event, _, asynchronous] = wait(fds, timeout);
         nic.resting.store(false, Ordering::SeqCst);
