@@ -11,11 +11,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use ckpt_core::{
-    Result,
-    device::EventState,
-    transport::Way,
-};
+use ckpt_core::{Result, device::EventState, transport::Way};
 
 use crate::{
     batch::Batch,
