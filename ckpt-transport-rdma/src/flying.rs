@@ -72,7 +72,7 @@ impl Batch<Flight> {
         let Flight { node, connection, deadline, .. } = &self.waiter;
         let completion =
             self.waiter.completion.get_or_init(|| Arc::new(Completion::new(self.way.operation())));
-        // Only the last reference's end could be before, and this is one.
+        // It is there: whoever calls this holds it.
         if !self.waiter.attended.swap(true, Ordering::SeqCst)
             && let Some(batch) = self.waiter.batch.upgrade()
         {

@@ -102,7 +102,7 @@ impl Lane {
     }
 
     fn lock(&self) -> MutexGuard<'_, SendQueue<Piece>> {
-        // As for the batch.
+        // Each change under this lock is whole even after a panic elsewhere.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

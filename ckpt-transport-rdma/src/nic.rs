@@ -312,7 +312,7 @@ impl Nic {
     }
 }
 
-/// The thread: polls while requests fly, else sleeps on the completion channel.
+/// The thread: polls while requests fly, else sleeps on the completion channel; or rests while others poll.
 fn poll(nic: &Arc<Nic>, mut woken: UnixStream) {
     let (mut spins, mut armed) = (0, false);
     let mut stopped_at = None;
