@@ -8,6 +8,10 @@ if ! command -v apt-get >/dev/null; then
     echo "skipped: the virtual machine is made of Debian packages, and there is no apt-get here"
     exit 0
 fi
+if [[ $here == /tmp/* ]]; then
+    echo "the machine has a /tmp of its own, so it cannot see the programs of a checkout below /tmp: move it" >&2
+    exit 1
+fi
 dir=${1:-${TMPDIR:-/tmp}/ckpt-rdma-vm}
 "$here/prepare.sh" "$dir"
 cd "$here/../.."
