@@ -22,10 +22,10 @@ static LANES: AtomicU64 = AtomicU64::new(1);
 
 /// One work request.
 #[derive(Debug)]
-pub(crate) struct Piece {
-    pub(crate) batch: Arc<Batch>,
-    pub(crate) part: Part,
-    pub(crate) remote_key: u32,
+struct Piece {
+    batch: Arc<Batch>,
+    part: Part,
+    remote_key: u32,
 }
 
 const fn opcode(way: Way) -> u32 {
@@ -122,12 +122,13 @@ impl Lane {
         !queue.is_idle()
     }
 
-    /// Posts `pieces`, or keeps them until slots are free.
-    pub(crate) fn submit(&self, pieces: impl IntoIterator<Item = Piece>) {
+    /// Posts `parts` of `batch`, or keeps them until slots are free.
+    pub(crate) fn submit(&self, batch: &Arc<Batch>, parts: impl IntoIterator<Item = Part>) {
         let mut returned = Returned::default();
         let mut queue = self.lock();
-        for piece in pieces {
-            if let Err(piece) = queue.push(piece) {
+        for part in parts {
+            let remote_key = part.descriptor.key(self.remote_nic);
+            if let Err(piece) = queue.push(Piece { batch: batch.clone(), part, remote_key }) {
                 returned.failed([piece], &FLUSHED);
             }
         }

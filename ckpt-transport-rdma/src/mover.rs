@@ -17,7 +17,7 @@ use crate::{
     batch::{Batch, Failure, Part},
     connection::Connection,
     flying,
-    lane::{FLUSHED, Lane, Piece},
+    lane::{FLUSHED, Lane},
     memory::{Claim, MrSet, transfer_own},
     node::{Node, Peer},
     wire::Descriptor,
@@ -75,10 +75,8 @@ pub(crate) fn post_one(
     };
     let Some((descriptor, registered, lane, connection)) = ready() else { return Err(transfer) };
     let batch = flying::batch(node, connection, way, 1, len, deadline);
-    let lane = &batch.waiter.connection.lanes[lane];
-    let remote_key = descriptor.key(lane.remote_nic);
-    let part = Part { transfer, registered, descriptor };
-    lane.submit([Piece { batch: batch.clone(), part, remote_key }]);
+    let pieces: Arc<Batch> = batch.clone();
+    batch.waiter.connection.lanes[lane].submit(&pieces, [Part { transfer, registered, descriptor }]);
     Ok(Event::shared(batch))
 }
 
@@ -320,10 +318,7 @@ fn submit(lanes: &[&Arc<Lane>], batch: &Arc<Batch>, parts: Parts) {
         shares[index % count].push(part);
     }
     for (lane, share) in lanes.iter().zip(shares) {
-        lane.submit(share.into_iter().map(|part| {
-            let remote_key = part.descriptor.key(lane.remote_nic);
-            Piece { batch: batch.clone(), part, remote_key }
-        }));
+        lane.submit(batch, share);
     }
 }
 
