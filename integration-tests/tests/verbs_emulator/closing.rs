@@ -11,7 +11,7 @@ use ckpt_core::{
     transport::WriteOp,
 };
 
-use crate::support::{Hosts, PIECE, blank, bytes, freed, soon};
+use crate::support::{Hosts, PIECE, assert_clean, blank, bytes, freed, soon};
 
 /// Much less than a deadline.
 const PROMPT: Duration = Duration::from_secs(20);
@@ -37,8 +37,7 @@ async fn an_owner_that_leaves_ends_the_reads_that_fly() {
         drop(event);
         freed(&memory).await;
         drop(reader);
-        let clean = move || [owner_host, reader_host].iter().for_each(|host| host.assert_clean());
-        tokio::task::spawn_blocking(clean).await.unwrap();
+        assert_clean([owner_host, reader_host]).await;
     }
 }
 
@@ -61,8 +60,7 @@ async fn a_reader_that_is_closed_ends_its_reads() {
         drop(event);
         freed(&memory).await;
         drop((registration, owner, lent));
-        let clean = move || [owner_host, reader_host].iter().for_each(|host| host.assert_clean());
-        tokio::task::spawn_blocking(clean).await.unwrap();
+        assert_clean([owner_host, reader_host]).await;
     }
 }
 
@@ -85,8 +83,7 @@ async fn memory_that_is_released_while_it_is_read_is_not_read_later() {
     let error = event.done(soon()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Aborted, "{error}");
     drop((event, reader, owner));
-    let clean = move || [owner_host, reader_host].iter().for_each(|host| host.assert_clean());
-    tokio::task::spawn_blocking(clean).await.unwrap();
+    assert_clean([owner_host, reader_host]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -145,14 +145,15 @@ impl Hosts {
     pub async fn finish(self) {
         let Self { owner_host, reader_host, owner, reader, memory, registration } = self;
         drop((reader, registration, owner, memory));
-        // On a thread of its own: tasks of the transports must be able to end.
-        tokio::task::spawn_blocking(move || {
-            reader_host.assert_clean();
-            owner_host.assert_clean();
-        })
-        .await
-        .unwrap();
+        assert_clean([owner_host, reader_host]).await;
     }
+}
+
+/// See [`Host::assert_clean`].
+pub async fn assert_clean(hosts: [Host; 2]) {
+    // On a thread of its own: tasks of the transports must be able to end.
+    let clean = move || hosts.iter().for_each(|host| host.assert_clean());
+    tokio::task::spawn_blocking(clean).await.unwrap();
 }
 
 /// Waits until nobody has `memory` any more.
